@@ -1,0 +1,1 @@
+"""One page for each experiment: `python -m experiments.NAME --help`."""

@@ -1,0 +1,255 @@
+"""Your own domains: one pretrained ResNet, every method, the papers' table.
+
+    python -m experiments.multi_domain --data DIR --backbone resnet18 \\
+        --weights resnet18.safetensors
+
+DIR holds one `.npz` file (x_train, y_train, x_test, y_test, optionally class_names)
+or one image folder (train/CLASS/*.jpg, test/CLASS/*.jpg) for each domain. Training
+data is split in a training and a validation part; where a rate has several candidates
+the validation part chooses, and the test images are looked at once. Without --data
+the domain is scikit-learn's handwritten digits.
+
+Rows: feature extractor (new head on a frozen network), BN + head, FTN at each rank
+and init, fine-tuning. Expected order of the means, from FTN (arXiv 2310.06124)
+Tables 1 and 2: feature extractor < BN + head < FTN R=1 < larger ranks <= fine-tuning.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ftn_jax.adapt import Backbone, Recipe
+from ftn_jax.apply import Apply, from_linen
+from ftn_jax.command import launch
+from ftn_jax.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Compose,
+    Domain,
+    Flip,
+    Normalize,
+    RandomCrop,
+    Resize,
+    Step,
+    ToRGB,
+    find_domains,
+    limit,
+    load_digits,
+    load_folder,
+    load_npz,
+)
+from ftn_jax.models import RESNETS
+from ftn_jax.nodes.cp import CPInit
+from ftn_jax.presets import (
+    RESNET,
+    Layers,
+    Method,
+    bn_head,
+    feature_extractor,
+    fine_tuning,
+    ftn,
+)
+from ftn_jax.pretrained import load_resnet
+from ftn_jax.results import Results
+from ftn_jax.sweep import Contender, sweep
+from ftn_jax.tables import markdown_table, plot_accuracy
+
+MethodName = Literal["feature_extractor", "bn_head", "ftn", "fine_tuning"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the multi-domain experiment."""
+
+    data: Path | None = None
+    """Folder of the domains; without it, scikit-learn's handwritten digits."""
+    backbone: str = "cifar_resnet20"
+    """Name in ftn_jax.models.RESNETS: resnet18, resnet50, cifar_resnet20, ..."""
+    weights: str | None = None
+    """Checkpoint (.safetensors, .pth, .th, .npz) or hub name (hf://owner/repo)."""
+    weights_classes: int | None = None
+    """Classes of the checkpoint's head; default: 1000, or 10 for CIFAR ResNets."""
+    workdir: Path = Path("runs/multi_domain")
+    """Folder for the table, the picture and the saved tasks."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains in the data folder; all if empty."""
+    methods: tuple[MethodName, ...] = (
+        "feature_extractor",
+        "bn_head",
+        "ftn",
+        "fine_tuning",
+    )
+    """Rows of the table."""
+    ranks: tuple[int, ...] = (1, 10)
+    """Ranks of the FTN rows."""
+    inits: tuple[CPInit, ...] = ("taps",)
+    """Inits of the FTN rows; see CP.init."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of init, data order and augmentation; the table gives mean and std."""
+    image_px: int = 32
+    """Images are resized to this height and width."""
+    crop_padding: int = 4
+    """Training images are cropped at random after padding by so many pixels."""
+    flip: bool = False
+    """Also mirror training images; wrong for digits, letters and signs."""
+    skip_bad: bool = False
+    """Leave out images that do not decode (named and counted) instead of stopping."""
+    max_train: int | None = None
+    """Use at most so many training images of each domain, balanced over classes."""
+    max_test: int | None = None
+    """Use at most so many test images of each domain, balanced over classes."""
+    validation: float = 0.1
+    """Share of the training images that is held out to choose rates."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Images per step."""
+    factor_rates: tuple[float, ...] = (5e-3,)
+    """Candidates for Adam's peak rate on FTN's factors."""
+    rates: tuple[float, ...] = (8e-3,)
+    """Candidates for SGD's peak rate on norms and head, of all rows but fine-tuning."""
+    fine_tuning_rates: tuple[float, ...] = (5e-3,)
+    """Candidates for SGD's peak rate of fine-tuning."""
+    bf16: bool = False
+    """Compute in bfloat16; factors, norms and optimizer stay in float32."""
+
+    @classmethod
+    def tiny(cls) -> "Config":
+        """Return settings for a trial of under a minute."""
+        return cls(
+            backbone="cifar_resnet8",
+            workdir=Path("runs/multi_domain_tiny"),
+            ranks=(2,),
+            image_px=16,
+            crop_padding=2,
+            max_train=128,
+            max_test=64,
+            epochs=1,
+        )
+
+
+def load_backbone(cfg: Config) -> Backbone:
+    """Build the network and read its weights; without weights it stays random."""
+    if cfg.backbone not in RESNETS:
+        raise ValueError(
+            f"--backbone {cfg.backbone}: unknown, known are {sorted(RESNETS)}"
+        )
+    classes = {"num_classes": cfg.weights_classes} if cfg.weights_classes else {}
+    model = RESNETS[cfg.backbone](**classes)
+
+    def network(classes: int) -> Apply:
+        return from_linen(model.clone(num_classes=classes))
+
+    if cfg.weights is None:
+        print("warning: no --weights: the backbone is random, the numbers mean little")
+        image = jnp.zeros((1, cfg.image_px, cfg.image_px, 3))
+        fresh = model.init(jax.random.key(0), image)
+        params, batch_stats = fresh["params"], fresh["batch_stats"]
+    else:
+        params, batch_stats = load_resnet(cfg.weights, model)
+    return Backbone(network, params, {"batch_stats": batch_stats}, RESNET)
+
+
+def load_domains(cfg: Config) -> list[Domain]:
+    """Read the domains that were asked for, capped at the sizes asked for."""
+    if cfg.data is None:
+        domains = [load_digits()]
+    else:
+        domains = [
+            load_npz(path)
+            if path.suffix == ".npz"
+            else load_folder(path, skip_bad=cfg.skip_bad)
+            for path in find_domains(cfg.data, cfg.domains or None).values()
+        ]
+    return [
+        Domain(
+            d.name,
+            d.class_names,
+            limit(d.train, cfg.max_train or len(d.train), seed=0),
+            limit(d.test, cfg.max_test or len(d.test), seed=0),
+        )
+        for d in domains
+    ]
+
+
+def contenders(cfg: Config, layers: Layers) -> dict[str, Contender]:
+    """List the rows of the table: each method's rules and candidate rates."""
+    plain = [{"norm": rate, "head": rate} for rate in cfg.rates]
+    rows: dict[str, Contender] = {}
+
+    def add(name: str, preset: Callable[..., Method], rates: Sequence[Any], **kw: Any):
+        def method(classes: int) -> Method:
+            return preset(layers, classes=classes, **kw)
+
+        rows[name] = Contender(method, rates)
+
+    for method in cfg.methods:
+        if method == "feature_extractor":
+            add("feature extractor", feature_extractor, plain)
+        elif method == "bn_head":
+            add("BN + head", bn_head, plain)
+        elif method == "fine_tuning":
+            rates = [
+                dict.fromkeys(("weights", "norm", "head"), rate)
+                for rate in cfg.fine_tuning_rates
+            ]
+            add("fine-tuning", fine_tuning, rates)
+        else:
+            rates = [r | {"factors": f} for r in plain for f in cfg.factor_rates]
+            for rank in cfg.ranks:
+                for init in cfg.inits:
+                    name = f"FTN R={rank}, {init}"
+                    add(name, ftn, rates, rank=rank, init=init)
+    return rows
+
+
+def transforms(cfg: Config) -> tuple[Compose, Compose]:
+    """Make the training and the evaluation transform."""
+    resize: list[Step] = [Resize(cfg.image_px, cfg.image_px)]
+    random: list[Step] = [RandomCrop(cfg.image_px, padding=cfg.crop_padding)]
+    last: list[Step] = [ToRGB(), Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    flip: list[Step] = [Flip()] if cfg.flip else []
+    return Compose(resize + random + flip + last), Compose(resize + last)
+
+
+def main(cfg: Config) -> Results:
+    """Adapt the backbone to every domain by every method; print the table."""
+    backbone, domains = load_backbone(cfg), load_domains(cfg)
+    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()}
+    results = Results(
+        cfg.workdir,
+        experiment="multi_domain",
+        config=config,
+        free=("data", "workdir", "domains", "methods", "ranks", "inits", "seeds"),
+    )
+    train_transform, eval_transform = transforms(cfg)
+    sweep(
+        backbone,
+        domains,
+        contenders(cfg, backbone.layers),
+        results=results,
+        recipe=Recipe(
+            epochs=cfg.epochs,
+            batch_size=cfg.batch_size,
+            rates={},
+            compute_dtype=jnp.bfloat16 if cfg.bf16 else None,
+        ),
+        train_transform=train_transform,
+        eval_transform=eval_transform,
+        seeds=cfg.seeds,
+        validation=cfg.validation,
+        workdir=cfg.workdir,
+    )
+    table = markdown_table(results.rows)
+    (cfg.workdir / "results.md").write_text(table)
+    plot_accuracy(results.rows, cfg.workdir / "accuracy.png")
+    print(f"\n{table}\ntable, picture and saved tasks: {cfg.workdir}")
+    return results
+
+
+if __name__ == "__main__":
+    launch(Config, main)

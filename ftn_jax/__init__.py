@@ -1,0 +1,23 @@
+"""Factorized Tensor Networks: one frozen vision network, many tasks."""
+
+from ftn_jax.checkpoint import SavedTask, restore_task, save_task
+from ftn_jax.core import Node, count, groups, make_delta, materialize, static
+from ftn_jax.optimizer import make_optimizer
+from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
+
+__all__ = [
+    "Node",
+    "SavedTask",
+    "Task",
+    "TaskState",
+    "count",
+    "groups",
+    "make_delta",
+    "make_eval_step",
+    "make_optimizer",
+    "make_train_step",
+    "materialize",
+    "restore_task",
+    "save_task",
+    "static",
+]

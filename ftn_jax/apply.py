@@ -1,0 +1,102 @@
+"""One calling convention for Flax Linen, Flax NNX and plain functions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from jaxtyping import Array, Key
+
+
+class Apply(Protocol):
+    """Run a network on materialized parameters.
+
+    Any function with this signature will do; `from_linen` and `from_nnx` make one.
+    """
+
+    def __call__(
+        self,
+        params: Any,
+        model_state: Any,
+        batch: Mapping[str, Any],
+        *,
+        train: bool,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Any]:
+        """Return the outputs and the new mutable state (BatchNorm's statistics)."""
+        ...
+
+
+def from_linen(
+    model: Any,
+    *,
+    inputs: str = "image",
+    train_options: Mapping[str, Any] | None = None,
+    eval_options: Mapping[str, Any] | None = None,
+    rngs: Sequence[str] = ("dropout",),
+) -> Apply:
+    """Wrap a Flax Linen module, ours or anyone's, unchanged.
+
+    Args:
+        model: the module; `model_state` holds its mutable collections by name, for
+            example `{"batch_stats": ...}`.
+        inputs: the batch's entry that the module is called with.
+        train_options: keyword arguments of its call in training, by default
+            `train=True`; other models may want `deterministic=False` or nothing.
+        eval_options: keyword arguments otherwise, by default `train=False`.
+        rngs: names of the random streams that the module may draw from.
+    """
+    options = {
+        True: dict(train_options if train_options is not None else {"train": True}),
+        False: dict(eval_options if eval_options is not None else {"train": False}),
+    }
+
+    def apply(
+        params: Any,
+        model_state: Any,
+        batch: Mapping[str, Any],
+        *,
+        train: bool,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Any]:
+        variables = {"params": params, **model_state}
+        if not train:
+            return model.apply(variables, batch[inputs], **options[False]), model_state
+        streams = {} if key is None else dict.fromkeys(rngs, key)
+        outputs, mutated = model.apply(
+            variables,
+            batch[inputs],
+            **options[True],
+            mutable=list(model_state),
+            rngs=streams,
+        )
+        return outputs, {**model_state, **mutated}
+
+    return apply
+
+
+def from_nnx(graphdef: Any, *, inputs: str = "image") -> Apply:
+    """Wrap a Flax NNX module split as `nnx.split(model, nnx.Param, ...)`.
+
+    The split's second part, the parameters, is `shared`; its third, everything else,
+    is `model_state`. `model.train()` and `model.eval()` switch BatchNorm and dropout.
+
+    Args:
+        graphdef: the split's first part.
+        inputs: the batch's entry that the module is called with.
+    """
+
+    def apply(
+        params: Any,
+        model_state: Any,
+        batch: Mapping[str, Any],
+        *,
+        train: bool,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Any]:
+        from flax import nnx
+
+        model = nnx.merge(graphdef, params, model_state)
+        model.train() if train else model.eval()
+        outputs = model(batch[inputs])
+        return outputs, nnx.split(model, nnx.Param, ...)[2] if train else model_state
+
+    return apply

@@ -1,0 +1,375 @@
+"""Task files: a folder with safetensors and a JSON manifest, bound to its backbone.
+
+A task's file holds only what the task owns. The backbone is named by a fingerprint,
+so a task cannot be loaded onto other weights by mistake, and nothing is pickled.
+
+The tensors are written first, under a name of their own; replacing `manifest.json`
+is the one step that makes them current. A crash leaves the old task or the new one.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+import ftn_jax.nodes  # noqa: F401  task files may hold any of them
+from ftn_jax.core import Node, iter_nodes, path_name
+from ftn_jax.train import Task
+
+FORMAT_VERSION = 1
+
+# By their names in safetensors files, whose own numpy reader lacks bfloat16.
+_DTYPES = {"BOOL": np.dtype(bool), "BF16": np.dtype(jax.numpy.bfloat16)} | {
+    f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}")
+    for kind in ("float", "int", "uint")
+    for bits in (8, 16, 32, 64)
+    if f"{kind}{bits}" != "float8"
+}
+_MANIFEST = {
+    "name": str,
+    "class_names": list,
+    "preprocessing": list,
+    "metadata": dict,
+    "tensors": dict,
+    "nodes": list,
+    "keys": dict,
+    "shared": dict,
+}
+_TENSORS = {"file": str, "sha256": str, "arrays": dict}
+_NODE = {"path": str, "type": str, "module": str, "static": dict, "arrays": dict}
+
+
+class TaskFileError(ValueError):
+    """A task file that is damaged, of another backbone, or of a newer format."""
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """A task read back from its folder.
+
+    Attributes:
+        task: delta and model_state, ready for an evaluation or a training step.
+        name: the task's name.
+        class_names: of the head's outputs, in order.
+        preprocessing: JSON description of the input transform
+            (`ftn_jax.data.from_description` builds it).
+        metadata: whatever else the saver wrote down.
+    """
+
+    task: Task
+    name: str
+    class_names: tuple[str, ...] = ()
+    preprocessing: list[dict[str, Any]] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def fingerprint(shared: Any) -> dict[str, str]:
+    """Hash every leaf of a tree: SHA-256 over shape, dtype and bytes, by path."""
+    digests = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shared):
+        x = np.asarray(leaf, order="C")
+        digest = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
+        digest.update(x.view(np.uint8).data if x.ndim else x.tobytes())
+        digests[path_name(path)] = digest.hexdigest()
+    return digests
+
+
+def save_task(
+    directory: str | os.PathLike[str],
+    task: Task,
+    *,
+    shared: Any,
+    name: str,
+    class_names: Sequence[str] = (),
+    preprocessing: Sequence[Mapping[str, Any]] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a task's folder: `manifest.json` and one `.safetensors` file.
+
+    Args:
+        directory: the task's folder, made if absent; a task in it is replaced.
+        task: what to save.
+        shared: the backbone that the task was trained on (fingerprinted, not saved).
+        name: the task's name.
+        class_names: of the head's outputs.
+        preprocessing: JSON description of the input transform.
+        metadata: anything JSON can hold.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: if the folder cannot be written; an older task in it is untouched.
+        ValueError: if the task holds NaN or infinity (names the tensor).
+    """
+    directory = Path(directory)
+    tensors: dict[str, np.ndarray] = {}
+    nodes = [
+        {
+            "path": path,
+            "type": type(node).__name__,
+            "module": type(node).__module__,
+            "static": {n: getattr(node, n) for n in type(node).static_fields},
+            "arrays": {
+                n: _store(tensors, f"delta/{path}/{n}", getattr(node, n))
+                for n in type(node).data_fields
+            },
+        }
+        for path, node in iter_nodes(task.delta)
+    ]
+    keys: dict[str, str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(task.model_state):
+        if jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):
+            keys[path_name(path)] = str(jax.random.key_impl(leaf))
+            leaf = jax.random.key_data(leaf)
+        _store(tensors, f"model_state/{path_name(path)}", leaf)
+    for tensor, x in tensors.items():
+        if (
+            jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+            and not np.isfinite(x).all()
+        ):
+            raise ValueError(f"{name}: {tensor} has NaN or infinity; not saved")
+    content = save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = {
+        "format": "ftn_jax task",
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "class_names": list(class_names),
+        "preprocessing": [dict(step) for step in preprocessing],
+        "metadata": dict(metadata or {}),
+        "tensors": {
+            "file": f"task-{digest[:12]}.safetensors",
+            "sha256": digest,
+            "arrays": {
+                k: {"shape": list(x.shape), "dtype": str(x.dtype)}
+                for k, x in tensors.items()
+            },
+        },
+        "nodes": nodes,
+        "keys": keys,
+        "shared": fingerprint(shared),
+    }
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / manifest["tensors"]["file"], content)
+    write_atomic(directory / "manifest.json", text.encode())
+    for stale in directory.glob("task-*.safetensors"):
+        if stale.name != manifest["tensors"]["file"]:
+            stale.unlink()
+    return directory
+
+
+def restore_task(
+    directory: str | os.PathLike[str], shared: Any, *, model_state: Any = None
+) -> SavedTask:
+    """Read a task's folder and check that it belongs to this backbone.
+
+    Args:
+        directory: a folder that `save_task` wrote.
+        shared: the backbone; the delta gets its tree structure.
+        model_state: a tree whose structure the saved state is put in, needed where
+            it is not made of nested dicts (an `nnx.State`, for example).
+
+    Raises:
+        FileNotFoundError: if there is no task in the folder.
+        TaskFileError: if the files are damaged or incomplete, were written by a newer
+            release, hold an unknown node type, or belong to another backbone (names
+            the first leaf that differs).
+    """
+    directory = Path(directory)
+    manifest = _read_manifest(directory)
+    _check_backbone(directory, manifest["shared"], shared)
+    tensors = _read_tensors(directory, manifest["tensors"])
+    nodes = {n["path"]: _build(directory, n, tensors) for n in manifest["nodes"]}
+    delta = jax.tree_util.tree_map_with_path(
+        lambda path, _: nodes.pop(path_name(path), None), shared
+    )
+    saved = {
+        k.removeprefix("model_state/"): tensors.pop(k)
+        for k in list(tensors)
+        if k.startswith("model_state/")
+    }
+    if nodes or tensors:
+        raise TaskFileError(
+            f"{directory}: nothing takes {sorted([*nodes, *tensors])}: the manifest's "
+            "list of nodes is damaged; restore the file from a copy"
+        )
+    state = {
+        k: jax.random.wrap_key_data(x, impl=manifest["keys"][k])
+        if k in manifest["keys"]
+        else jax.numpy.asarray(x)
+        for k, x in saved.items()
+    }
+    return SavedTask(
+        task=Task(delta, _restore_state(directory, state, model_state)),
+        name=manifest["name"],
+        class_names=tuple(manifest["class_names"]),
+        preprocessing=manifest["preprocessing"],
+        metadata=manifest["metadata"],
+    )
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that it is never seen half-written: the old one or the new."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _store(tensors: dict[str, np.ndarray], name: str, value: Any) -> Any:
+    """Put a field's arrays into `tensors`; return its structure with their names."""
+    if isinstance(value, (tuple, list)):
+        return [_store(tensors, f"{name}/{n}", x) for n, x in enumerate(value)]
+    if isinstance(value, dict):
+        return {k: _store(tensors, f"{name}/{k}", x) for k, x in value.items()}
+    if value is None:
+        return None
+    tensors[name] = np.asarray(value, order="C")
+    return name
+
+
+def _load(tensors: dict[str, np.ndarray], structure: Any) -> Any:
+    if structure is None:
+        return None
+    if isinstance(structure, list):
+        return tuple(_load(tensors, x) for x in structure)
+    if isinstance(structure, dict):
+        return {k: _load(tensors, x) for k, x in structure.items()}
+    return jax.numpy.asarray(tensors.pop(structure))
+
+
+def _frozen(value: Any) -> Any:
+    """Turn JSON's lists back into the tuples that static fields hold."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no task: {path} does not exist")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TaskFileError(f"{path} is no task manifest: {error!r}") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise TaskFileError(
+            f"{path} has format version {version}, this ftn_jax reads up to "
+            f"{FORMAT_VERSION}: upgrade ftn_jax to open it"
+        )
+    _check_entries(path, manifest, _MANIFEST)
+    _check_entries(path, manifest["tensors"], _TENSORS)
+    for node in manifest["nodes"]:
+        _check_entries(path, node, _NODE)
+    return manifest
+
+
+def _check_entries(path: Path, found: Any, kinds: dict[str, type]) -> None:
+    entries = found if isinstance(found, dict) else {}
+    bad = {k: v.__name__ for k, v in kinds.items() if not isinstance(entries.get(k), v)}
+    if bad:
+        raise TaskFileError(
+            f"{path} lacks entries, or has them of another kind, expected {bad}; "
+            "restore the file from a copy"
+        )
+
+
+def _check_backbone(directory: Path, expected: dict[str, str], shared: Any) -> None:
+    found = fingerprint(shared)
+    for path in [*expected, *(p for p in found if p not in expected)]:
+        if expected.get(path) != found.get(path):
+            why = (
+                "the task's backbone has no such leaf"
+                if path not in expected
+                else "this backbone has no such leaf"
+                if path not in found
+                else "its values, shape or dtype differ"
+            )
+            raise TaskFileError(
+                f"{directory} belongs to another backbone; the first leaf that differs "
+                f"is {path}: {why}. Load the weights that the task was trained on"
+            )
+
+
+def _read_tensors(directory: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
+    path = directory / Path(entry["file"]).name  # never outside the folder
+    if not path.is_file():
+        raise TaskFileError(f"{path} is missing, the manifest names it")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry["sha256"]:
+        raise TaskFileError(
+            f"{path} is damaged: {len(content)} bytes with SHA-256 {found}, expected "
+            f"{entry['sha256']}; restore it from a copy"
+        )
+    try:
+        tensors = {
+            name: np.frombuffer(x["data"], _DTYPES[x["dtype"]]).reshape(x["shape"])
+            for name, x in deserialize(content)
+        }
+    except (SafetensorError, KeyError) as error:
+        raise TaskFileError(f"{path} is no safetensors file: {error!r}") from error
+    shapes = {
+        k: {"shape": list(x.shape), "dtype": str(x.dtype)} for k, x in tensors.items()
+    }
+    for name in sorted({*shapes, *entry["arrays"]}):
+        if shapes.get(name) != entry["arrays"].get(name):
+            raise TaskFileError(
+                f"{path}: {name} is {shapes.get(name, 'missing')}, the manifest says "
+                f"{entry['arrays'].get(name, 'nothing of it')}"
+            )
+    return tensors
+
+
+def _build(directory: Path, entry: dict[str, Any], tensors: dict[str, Any]) -> Node:
+    known = Node.types.get(entry["type"])
+    if known is None:
+        raise TaskFileError(
+            f"{directory}: {entry['path']} is a {entry['type']}, known node types are "
+            f"{sorted(Node.types)}; import the module that defines it "
+            f"({entry['module']}) or upgrade ftn_jax"
+        )
+    try:
+        fields = {k: _load(tensors, v) for k, v in entry["arrays"].items()}
+        fields |= {k: _frozen(v) for k, v in entry["static"].items()}
+        return known(**fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise TaskFileError(
+            f"{directory}: cannot rebuild the {entry['type']} at {entry['path']}: "
+            f"{error!r}"
+        ) from error
+
+
+def _restore_state(directory: Path, saved: dict[str, Any], like: Any) -> Any:
+    if like is None:
+        state: dict[str, Any] = {}
+        for path, value in saved.items():
+            *parents, last = path.split("/")
+            place = state
+            for name in parents:
+                place = place.setdefault(name, {})
+            place[last] = value
+        return state
+    entries, treedef = jax.tree_util.tree_flatten_with_path(like)
+    paths = [path_name(path) for path, _ in entries]
+    if set(paths) != set(saved):
+        raise TaskFileError(
+            f"{directory}: the saved model_state has {sorted(set(saved) - set(paths))}"
+            f" beyond, and lacks {sorted(set(paths) - set(saved))} of, the one given"
+        )
+    return treedef.unflatten([saved[p] for p in paths])

@@ -1,0 +1,84 @@
+"""The command line of an experiment: flags from a dataclass, errors for people."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from ftn_jax.fit import NonFiniteLoss
+
+
+class Config(Protocol):
+    """A frozen dataclass of scalars that can also make itself small."""
+
+    @classmethod
+    def tiny(cls) -> "Config":
+        """Return settings that run the real code path in under a minute."""
+        ...
+
+
+def launch(
+    config: type[Any], main: Callable[[Any], Any], *, args: Sequence[str] | None = None
+) -> None:
+    """Read flags into `config`, run `main`, and end with a clear message.
+
+    `--tiny` starts from `config.tiny()`; other flags still apply. Exit codes: 2 for
+    bad input, 3 for a loss that is not finite, 130 for Ctrl-C.
+    """
+    import tyro
+
+    args = list(sys.argv[1:] if args is None else args)
+    tiny = "--tiny" in args
+    flags = [a for a in args if a != "--tiny"]
+    cfg = tyro.cli(
+        config,
+        args=flags,
+        default=config.tiny() if tiny else None,
+        description=(sys.modules[config.__module__].__doc__ or "")
+        + "\n--tiny: settings for a trial of under a minute.",
+    )
+    try:
+        main(cfg)
+    except KeyboardInterrupt:
+        print(
+            "\nstopped; the same command goes on from the last saved state",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except NonFiniteLoss as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(3)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def progress_bar(title: str, *, steps: int, batch_size: int) -> Any:
+    """Show a bar with loss, accuracy, images per second and time left.
+
+    Yields a function for `fit`'s `on_log`.
+    """
+    import rich.progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("{task.fields[note]}"),
+        bars.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task(title, total=steps, note="compiling")
+
+        def on_log(step: int, means: dict[str, float]) -> None:
+            progress.update(bar, completed=step)
+            speed = progress.tasks[bar].speed or 0.0
+            note = " ".join(f"{k} {means[k]:.3f}" for k in means if k != "nonfinite")
+            progress.update(bar, note=f"{note} {speed * batch_size:.0f} img/s")
+
+        yield on_log

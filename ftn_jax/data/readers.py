@@ -1,0 +1,161 @@
+"""Readers of domains: `.npz` files, scikit-learn's digits, and whatever lies there."""
+
+import logging
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from ftn_jax.data.domain import ArraySource, Domain, split
+from ftn_jax.data.folders import load_folder
+
+_LOG = logging.getLogger(__name__)
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def load_npz(path: str | Path) -> Domain:
+    """Read a domain from arrays `x_train`, `y_train`, `x_test`, `y_test`.
+
+    Images are uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3), labels integers (n,).
+    `class_names` is optional; the classes are numbered where it is absent.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where the file is damaged, holds pickled objects, or its arrays
+            are not as above; the message names the file.
+    """
+    path = Path(path)
+    with _open_npz(path) as arrays:
+        if missing := [key for key in _KEYS if key not in arrays.files]:
+            raise ValueError(
+                f"{path}: found keys {sorted(arrays.files)}, expected also {missing}; "
+                "a file without class labels is not a classification domain"
+            )
+        try:
+            wanted = (*_KEYS, "class_names")
+            found = {key: arrays[key] for key in wanted if key in arrays.files}
+        except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path}: an array cannot be read ({error}); expected plain arrays "
+                "without pickled objects, in an undamaged file"
+            ) from error
+    try:
+        train = _array_source(found["x_train"], found["y_train"], part="train")
+        test = _array_source(found["x_test"], found["y_test"], part="test")
+        if train.images.shape[-1] != test.images.shape[-1]:
+            raise ValueError(
+                f"train has {train.images.shape[-1]} channels and test "
+                f"{test.images.shape[-1]}, expected one number"
+            )
+        if "class_names" in found:
+            names = found["class_names"]
+            if names.ndim != 1 or names.dtype.kind != "U":
+                raise ValueError(
+                    f"class_names: found {names.dtype} of shape {names.shape}, "
+                    "expected unicode of shape (classes,)"
+                )
+        else:
+            largest = max(train.labels.max(), test.labels.max())
+            names = np.arange(largest + 1).astype(str)
+        return Domain(path.stem, tuple(names.tolist()), train, test)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_digits() -> Domain:
+    """Give the 1797 handwritten digits (8x8x1) that come with scikit-learn.
+
+    One fifth of each class, always the same, is the test set.
+
+    Source: Alpaydin and Kaynak 1998, "Optical Recognition of Handwritten Digits",
+    UCI Machine Learning Repository.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(
+            "the digits need scikit-learn: pip install 'ftn_jax[experiments]'"
+        ) from error
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    train, test = split(ArraySource(images, labels), 0.2, seed=0)
+    return Domain("digits", tuple("0123456789"), train, test)
+
+
+def load_domain(path: str | Path) -> Domain:
+    """Read a domain from a folder of images or an `.npz` file."""
+    path = Path(path)
+    return load_folder(path) if path.is_dir() else load_npz(path)
+
+
+def find_domains(
+    data_dir: str | Path, names: Iterable[str] | None = None
+) -> dict[str, Path]:
+    """Find the domains in a folder: `.npz` files and folders that hold `train/`.
+
+    Files of other arrays are passed over, unreadable ones with a warning.
+
+    Args:
+        data_dir: where to look; not deeper.
+        names: domains to give, in this order; `None` gives all, sorted.
+
+    Raises:
+        FileNotFoundError: where `data_dir` or a name is absent.
+        ValueError: where a file and a folder have one name.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"{data_dir}: no such folder, expected one of domains")
+    found: dict[str, Path] = {}
+    for path in sorted(data_dir.iterdir()):
+        if not _is_domain(path):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} have one name; rename one")
+        found[name] = path
+    if names is None:
+        return dict(sorted(found.items()))
+    names = list(names)
+    if missing := [name for name in names if name not in found]:
+        raise FileNotFoundError(
+            f"{data_dir}: no domain {missing}, expected some of {sorted(found)}"
+        )
+    return {name: found[name] for name in names}
+
+
+def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, expected an .npz file")
+    # A zip that np.load does not see as one, it takes for a pickle: look first.
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not an .npz file, or a damaged one; get it again")
+    return np.load(path, allow_pickle=False)
+
+
+def _is_domain(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "train").is_dir()
+    if path.suffix != ".npz":
+        return False
+    try:
+        with _open_npz(path) as arrays:
+            return set(_KEYS) <= set(arrays.files)
+    except ValueError as error:
+        _LOG.warning("passed over: %s", error)
+        return False
+
+
+def _array_source(
+    images: UInt8[np.ndarray, "n h w *c"],
+    labels: Integer[np.ndarray, " n"],
+    *,
+    part: str,
+) -> ArraySource:
+    try:
+        return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
+    except ValueError as error:
+        raise ValueError(f"{part}: {error}") from error

@@ -1,0 +1,17 @@
+"""Published checkpoints to Flax trees; nothing in a file is ever executed."""
+
+from ftn_jax.pretrained.files import WeightsFileError, read_weights
+from ftn_jax.pretrained.hub import HubFileNotFound, locate
+from ftn_jax.pretrained.matching import CheckpointMismatch, Pretrained
+from ftn_jax.pretrained.resnet import export_resnet, load_resnet
+
+__all__ = [
+    "CheckpointMismatch",
+    "HubFileNotFound",
+    "Pretrained",
+    "WeightsFileError",
+    "export_resnet",
+    "load_resnet",
+    "locate",
+    "read_weights",
+]

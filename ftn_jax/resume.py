@@ -1,0 +1,81 @@
+"""Keep a training state on disk with Orbax, so that a stopped run goes on."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ftn_jax.train import TaskState
+
+
+class StateFolder:
+    """The last states of one training run, in a folder of their own.
+
+    Saving is atomic (Orbax): a crash while saving leaves the state before. The tree
+    holds the task, the optimizer's state, the step and the PRNG key; the backbone is
+    never part of it.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 1) -> None:
+        """Name the folder; it is made at the first save.
+
+        Args:
+            directory: the folder, used by this run alone.
+            keep: how many of the last states stay.
+        """
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+
+    def save(self, state: TaskState) -> None:
+        """Write the state; one of the same step is there already or not at all."""
+        with self._manager() as manager:
+            step = int(state.step)
+            if step not in manager.all_steps():
+                manager.save(step, args=_standard_save(state))
+
+    def restore(self, like: TaskState) -> TaskState | None:
+        """Read the last state back into `like`'s structure; `None` if there is none.
+
+        Raises:
+            ValueError: if the saved state has another structure or other shapes,
+                because the run's configuration changed.
+        """
+        if not self.directory.is_dir():
+            return None
+        with self._manager() as manager:
+            step = manager.latest_step()
+            if step is None:
+                return None
+            try:
+                return manager.restore(step, args=_standard_restore(like))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.directory} holds a state of another configuration: "
+                    f"{error}; delete the folder to start this run afresh"
+                ) from error
+
+    def clear(self) -> None:
+        """Delete the folder, when the run is done."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, enable_async_checkpointing=False
+            ),
+        )
+
+
+def _standard_save(state: TaskState) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.StandardSave(state)  # pyright: ignore[reportCallIssue]
+
+
+def _standard_restore(like: TaskState) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.StandardRestore(like)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,219 @@
+"""Fill an experiment's table: every domain by every method with every seed."""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe
+from ftn_jax.checkpoint import save_task
+from ftn_jax.command import progress_bar
+from ftn_jax.core import count, path_name
+from ftn_jax.data import Domain, Source, Transform, describe, split
+from ftn_jax.fit import NonFiniteLoss
+from ftn_jax.presets import Layers, Method
+from ftn_jax.results import Results, Row
+from ftn_jax.resume import StateFolder
+from ftn_jax.train import TaskState
+
+
+class Contender(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        method: `classes -> Method`.
+        rates: learning rates by optimizer group, one mapping for each candidate; the
+            first seed tries all, and validation data chooses for every seed.
+    """
+
+    method: Callable[[int], Method]
+    rates: Sequence[Mapping[str, float]]
+
+
+class _Trained(NamedTuple):
+    state: TaskState
+    rates: dict[str, float]
+    validation: float | None
+    seconds: float
+    steps: int
+
+
+def sweep(
+    backbone: Backbone,
+    domains: Sequence[Domain],
+    contenders: Mapping[str, Contender],
+    *,
+    results: Results,
+    recipe: Recipe,
+    train_transform: Transform,
+    eval_transform: Transform,
+    seeds: Sequence[int] = (0,),
+    validation: float = 0.1,
+    workdir: Path,
+) -> None:
+    """Train and test what `results` does not hold yet.
+
+    Validation data is held out of the training data, by class, for every method
+    alike; the test data is looked at once, with the rates that validation chose.
+    Every finished task is saved under `workdir/tasks/DOMAIN/METHOD/seedN`; a row that
+    was interrupted goes on from its last state.
+
+    Args:
+        backbone: the frozen network.
+        domains: the tasks.
+        contenders: rows of the table by name.
+        results: where rows go, and which rows are done.
+        recipe: how to train; a contender's rates replace its own.
+        train_transform: augmentation and normalisation.
+        eval_transform: the same without randomness; saved with each task.
+        seeds: of init, data order and augmentation.
+        validation: share of the training data that is held out; 0 for none.
+        workdir: the experiment's folder.
+
+    Raises:
+        ValueError: if a contender has several candidate rates and no validation data.
+        NonFiniteLoss: if no candidate of a row trains to the end.
+    """
+    for name, contender in contenders.items():
+        if len(contender.rates) > 1 and not validation:
+            raise ValueError(
+                f"{name} has {len(contender.rates)} candidate rates; choosing needs "
+                "validation data: set the validation share above 0"
+            )
+    for domain in domains:
+        evaluator = Evaluator(
+            backbone, classes=domain.num_classes, transform=eval_transform
+        )
+        train, held_out = domain.train, None
+        if validation:
+            train, held_out = split(domain.train, validation, seed=0)
+        for name, contender in contenders.items():
+            todo = [s for s in seeds if not results.find(name, domain.name, s)]
+            if not todo:
+                continue
+            method = contender.method(domain.num_classes)
+            chosen = _chosen(results, name, domain.name)
+            candidates = {
+                n: Adaptation(
+                    backbone,
+                    method,
+                    replace(recipe, rates=rates),
+                    train,
+                    transform=train_transform,
+                )
+                for n, rates in enumerate(chosen or contender.rates)
+            }
+            for seed in todo:
+                place = Path(slug(domain.name)) / slug(name) / f"seed{seed}"
+                best = _train(
+                    candidates,
+                    seed=seed,
+                    title=f"{domain.name} / {name} / seed {seed}",
+                    score=evaluator.score,
+                    held_out=held_out,
+                    folder=workdir / "state" / place,
+                )
+                task = best.state.task
+                test = evaluator.score(task, domain.test)
+                parts = count(task.delta).by_group
+                row = Row(
+                    method=name,
+                    task=domain.name,
+                    seed=seed,
+                    metric="accuracy",
+                    value=test["accuracy"],
+                    task_params=sum(parts.values()) - parts.get("head", 0),
+                    shared_params=backbone_size(backbone.shared, backbone.layers),
+                    steps=best.steps,
+                    seconds=round(best.seconds, 2),
+                    by_group=parts,
+                    details={
+                        "rates": best.rates,
+                        "validation_accuracy": best.validation,
+                        "test_loss": test["loss"],
+                        "train_examples": len(train),
+                        "test_examples": len(domain.test),
+                    },
+                )
+                save_task(
+                    workdir / "tasks" / place,
+                    task,
+                    shared=backbone.shared,
+                    name=domain.name,
+                    class_names=domain.class_names,
+                    preprocessing=describe(eval_transform),
+                    metadata={"method": name, "seed": seed, "accuracy": row.value},
+                )
+                results.add(row)
+                StateFolder(workdir / "state" / place).clear()
+                print(
+                    f"{domain.name:>20}  {name:<24} seed {seed}  "
+                    f"{100 * row.value:5.1f} %  {row.seconds:6.1f} s",
+                    flush=True,
+                )
+                # Later seeds train with what validation chose for the first.
+                candidates = {
+                    n: c for n, c in candidates.items() if c.recipe.rates == best.rates
+                }
+
+
+def _train(
+    candidates: Mapping[int, Adaptation],
+    *,
+    seed: int,
+    title: str,
+    score: Callable[[Any, Source], dict[str, float]],
+    held_out: Source | None,
+    folder: Path,
+) -> _Trained:
+    """Train every candidate; keep the one that does best on the held-out data."""
+    best: _Trained | None = None
+    failure: NonFiniteLoss | None = None
+    for n, adaptation in candidates.items():
+        states = StateFolder(folder / f"candidate{n}")
+        start = time.perf_counter()
+        try:
+            with progress_bar(
+                title, steps=adaptation.steps, batch_size=adaptation.recipe.batch_size
+            ) as on_log:
+                state = adaptation.run(seed, folder=states, on_log=on_log)
+        except NonFiniteLoss as error:
+            failure = error
+            continue
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        accuracy = score(state.task, held_out)["accuracy"] if held_out else None
+        if len(candidates) > 1:
+            states.save(state)  # if a later candidate is interrupted, this one is done
+        if best is None or (accuracy or 0.0) > (best.validation or 0.0):
+            rates = dict(adaptation.recipe.rates)
+            best = _Trained(state, rates, accuracy, seconds, adaptation.steps)
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def _chosen(results: Results, name: str, domain: str) -> list[dict[str, float]]:
+    """Look up the rates that validation chose in an earlier run."""
+    rows = [r for r in results.rows if (r.method, r.task) == (name, domain)]
+    return [rows[0].details["rates"]] if rows else []
+
+
+def backbone_size(shared: Any, layers: Layers) -> int:
+    """Count the backbone's parameters, its own head left out."""
+    leaves = jax.tree_util.tree_leaves_with_path(shared)
+    return sum(
+        leaf.size
+        for path, leaf in leaves
+        if not re.fullmatch(layers.head, path_name(path))
+    )
+
+
+def slug(name: str) -> str:
+    """Make a file name of a label: `"FTN R=10"` becomes `"ftn_r_10"`."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")

@@ -1,0 +1,94 @@
+"""The papers' table and picture: accuracy beside parameters, method by method."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from ftn_jax.results import Row
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Lay rows out as the papers do, one line for each method.
+
+    Accuracies are in percent, mean and (for more than one seed) standard deviation
+    over seeds; the last column is the mean over tasks. Parameters are the task's
+    factors and norms (or weights), heads left out, as the papers count them.
+    """
+    methods, tasks = _names(rows)
+    lines = [
+        "| method | params per task | share of backbone | "
+        + " | ".join([*tasks, "mean"])
+        + " |",
+        "|---|--:|--:|" + "--:|" * (len(tasks) + 1),
+    ]
+    for method in methods:
+        own = [row for row in rows if row.method == method]
+        cells, means = [], []
+        for task in tasks:
+            values = [100 * row.value for row in own if row.task == task]
+            cells.append(_spread(values))
+            means.extend([statistics.mean(values)] if values else [])
+        params = own[0].task_params
+        mean = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else "–"
+        lines.append(
+            f"| {method} | {params:,} | {params / own[0].shared_params:.1%} | "
+            + " | ".join([*cells, mean])
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_accuracy(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw accuracy against parameters per task, one line of points for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    methods, tasks = _names(rows)
+    mean = {
+        (m, t): statistics.mean(values)
+        for m in methods
+        for t in tasks
+        if (values := [100 * r.value for r in rows if (r.method, r.task) == (m, t)])
+    }
+    share = {r.method: 100 * r.task_params / r.shared_params for r in rows}
+    # A log axis has no zero: the feature extractor stands at the left edge.
+    left = min([s for s in share.values() if s] or [1.0]) / 3
+    place = {m: share[m] or left for m in methods}
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for task in tasks:
+        own = sorted((place[m], mean[m, t]) for m, t in mean if t == task)
+        axes.plot(*zip(*own, strict=True), "o-", alpha=0.45, label=task)
+    complete = [m for m in methods if all((m, t) in mean for t in tasks)]
+    for method in complete:
+        height = statistics.mean(mean[method, t] for t in tasks)
+        axes.plot(place[method], height, "k*", markersize=13)
+        axes.annotate(
+            method, (place[method], height), (6, -12), textcoords="offset points"
+        )
+    axes.set(
+        xscale="log",
+        xlabel="parameters per task without head, % of the backbone (left edge: none)",
+        ylabel="test accuracy, %",
+        title="stars: mean over the tasks",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    return (
+        list(dict.fromkeys(row.method for row in rows)),
+        list(dict.fromkeys(row.task for row in rows)),
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"

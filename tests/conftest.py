@@ -1,0 +1,26 @@
+"""Fixtures and switches for every test."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Two devices on any machine, so that pmap and shard_map have something to map over.
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real domains and weights, from FTN_DATA."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("FTN_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path}; set FTN_DATA to its folder")
+    return path
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
