@@ -37,7 +37,6 @@ from ftn_jax.data import (
     Step,
     ToRGB,
     find_domains,
-    limit,
     load_digits,
     load_folder,
     load_npz,
@@ -56,7 +55,7 @@ from ftn_jax.presets import (
 from ftn_jax.pretrained import load_resnet
 from ftn_jax.results import Results
 from ftn_jax.sweep import Contender, sweep
-from ftn_jax.tables import markdown_table, plot_accuracy
+from ftn_jax.tables import report
 
 MethodName = Literal["feature_extractor", "bn_head", "ftn", "fine_tuning"]
 
@@ -108,12 +107,14 @@ class Config:
     """Passes over the training images."""
     batch_size: int = 32
     """Images per step."""
-    factor_rates: tuple[float, ...] = (5e-3,)
-    """Candidates for Adam's peak rate on FTN's factors."""
     rates: tuple[float, ...] = (8e-3,)
-    """Candidates for SGD's peak rate on norms and head, of all rows but fine-tuning."""
+    """SGD's peak rate on norms and head, without factors; several are candidates."""
+    factor_rates: tuple[float, ...] = (5e-3,)
+    """Adam's peak rate on FTN's factors; several are candidates."""
+    ftn_rate: float = 8e-3
+    """SGD's peak rate on norms and head of the FTN rows."""
     fine_tuning_rates: tuple[float, ...] = (5e-3,)
-    """Candidates for SGD's peak rate of fine-tuning."""
+    """SGD's peak rate of fine-tuning; several are candidates."""
     bf16: bool = False
     """Compute in bfloat16; factors, norms and optimizer stay in float32."""
 
@@ -165,15 +166,7 @@ def load_domains(cfg: Config) -> list[Domain]:
             else load_folder(path, skip_bad=cfg.skip_bad)
             for path in find_domains(cfg.data, cfg.domains or None).values()
         ]
-    return [
-        Domain(
-            d.name,
-            d.class_names,
-            limit(d.train, cfg.max_train or len(d.train), seed=0),
-            limit(d.test, cfg.max_test or len(d.test), seed=0),
-        )
-        for d in domains
-    ]
+    return [d.limited(train=cfg.max_train, test=cfg.max_test) for d in domains]
 
 
 def contenders(cfg: Config, layers: Layers) -> dict[str, Contender]:
@@ -199,7 +192,8 @@ def contenders(cfg: Config, layers: Layers) -> dict[str, Contender]:
             ]
             add("fine-tuning", fine_tuning, rates)
         else:
-            rates = [r | {"factors": f} for r in plain for f in cfg.factor_rates]
+            base = {"norm": cfg.ftn_rate, "head": cfg.ftn_rate}
+            rates = [base | {"factors": rate} for rate in cfg.factor_rates]
             for rank in cfg.ranks:
                 for init in cfg.inits:
                     name = f"FTN R={rank}, {init}"
@@ -219,11 +213,10 @@ def transforms(cfg: Config) -> tuple[Compose, Compose]:
 def main(cfg: Config) -> Results:
     """Adapt the backbone to every domain by every method; print the table."""
     backbone, domains = load_backbone(cfg), load_domains(cfg)
-    config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()}
     results = Results(
         cfg.workdir,
         experiment="multi_domain",
-        config=config,
+        config=asdict(cfg),
         free=("data", "workdir", "domains", "methods", "ranks", "inits", "seeds"),
     )
     train_transform, eval_transform = transforms(cfg)
@@ -244,10 +237,7 @@ def main(cfg: Config) -> Results:
         validation=cfg.validation,
         workdir=cfg.workdir,
     )
-    table = markdown_table(results.rows)
-    (cfg.workdir / "results.md").write_text(table)
-    plot_accuracy(results.rows, cfg.workdir / "accuracy.png")
-    print(f"\n{table}\ntable, picture and saved tasks: {cfg.workdir}")
+    report(results)
     return results
 
 

@@ -11,7 +11,7 @@ About three minutes on two CPU cores; accuracies in the README.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe
 from ftn_jax.apply import Apply, from_linen
 from ftn_jax.checkpoint import write_atomic
 from ftn_jax.command import launch, progress_bar
-from ftn_jax.data import Compose, Domain, Normalize, RandomCrop, from_description, limit
+from ftn_jax.data import Compose, Domain, Normalize, RandomCrop, from_description
 from ftn_jax.data.embedded import IMAGE_PX, embedded_source, embedded_targets
 from ftn_jax.models import ResNet, cifar_resnet
 from ftn_jax.presets import (
@@ -39,7 +39,7 @@ from ftn_jax.presets import (
 from ftn_jax.pretrained import export_resnet, load_resnet
 from ftn_jax.results import Results
 from ftn_jax.sweep import Contender, slug, sweep
-from ftn_jax.tables import markdown_table, plot_accuracy
+from ftn_jax.tables import report
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Config:
     """Adam's peak learning rate for FTN's factors."""
     rate: float = 2e-2
     """SGD's peak learning rate for norms, heads and fine-tuned weights."""
-    limit: int = 0
-    """Use at most so many training and test images of each domain; 0 for all."""
+    limit: int | None = None
+    """Use at most so many training and test images of each domain."""
     seed: int = 0
     """Seed of the drawings, the pretraining and the adaptation."""
 
@@ -173,13 +173,13 @@ def main(cfg: Config) -> Results:
     results = Results(
         cfg.workdir,
         experiment="quickstart",
-        config=asdict(cfg) | {"workdir": str(cfg.workdir)},
+        config=asdict(cfg),
         free=("workdir", "ranks"),
     )
-    source, *targets = (embedded_source(cfg.seed), *embedded_targets(cfg.seed))
-    if cfg.limit:
-        targets = [_limited(domain, cfg.limit) for domain in targets]
-        source = _limited(source, cfg.limit)
+    source, *targets = (
+        domain.limited(train=cfg.limit, test=cfg.limit)
+        for domain in (embedded_source(cfg.seed), *embedded_targets(cfg.seed))
+    )
     backbone = pretrained(cfg, cifar_resnet(8, source.num_classes), source)
     sweep(
         backbone,
@@ -193,20 +193,9 @@ def main(cfg: Config) -> Results:
         validation=0.0,
         workdir=cfg.workdir,
     )
-    table = markdown_table(results.rows)
-    (cfg.workdir / "results.md").write_text(table)
-    plot_accuracy(results.rows, cfg.workdir / "accuracy.png")
-    print(f"\n{table}\ntable, picture and saved tasks: {cfg.workdir}")
+    report(results)
     show_reload(cfg, backbone, targets[0])
     return results
-
-
-def _limited(domain: Domain, n: int) -> Domain:
-    return replace(
-        domain,
-        train=limit(domain.train, n, seed=0),
-        test=limit(domain.test, n, seed=0),
-    )
 
 
 if __name__ == "__main__":

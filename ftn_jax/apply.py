@@ -1,11 +1,12 @@
 """One calling convention for Flax Linen, Flax NNX and plain functions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Key
 
 
+@runtime_checkable
 class Apply(Protocol):
     """Run a network on materialized parameters.
 

@@ -127,7 +127,7 @@ def save_task(
     ]
     keys: dict[str, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(task.model_state):
-        if jax.dtypes.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             keys[path_name(path)] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         _store(tensors, f"model_state/{path_name(path)}", leaf)
@@ -194,7 +194,7 @@ def restore_task(
         lambda path, _: nodes.pop(path_name(path), None), shared
     )
     saved = {
-        k.removeprefix("model_state/"): tensors.pop(k)
+        k.removeprefix("model_state/"): jax.numpy.asarray(tensors.pop(k))
         for k in list(tensors)
         if k.startswith("model_state/")
     }
@@ -206,7 +206,7 @@ def restore_task(
     state = {
         k: jax.random.wrap_key_data(x, impl=manifest["keys"][k])
         if k in manifest["keys"]
-        else jax.numpy.asarray(x)
+        else x
         for k, x in saved.items()
     }
     return SavedTask(

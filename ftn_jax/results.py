@@ -63,7 +63,7 @@ class Results:
         Args:
             workdir: the experiment's folder, made if absent.
             experiment: its name.
-            config: what was asked for, as JSON can hold it.
+            config: what was asked for; what JSON lacks (paths) becomes text.
             free: names in `config` that choose rows (which methods, which seeds) and
                 so may differ from the run before.
 
@@ -73,7 +73,7 @@ class Results:
             OSError: if it cannot be written.
         """
         self.path = Path(workdir) / "results.json"
-        config = json.loads(json.dumps(config))
+        config = json.loads(json.dumps(config, default=str))
         self._head = {
             "experiment": experiment,
             "commit": _commit(),

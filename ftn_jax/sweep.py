@@ -37,7 +37,7 @@ class Contender(NamedTuple):
 class _Trained(NamedTuple):
     state: TaskState
     rates: dict[str, float]
-    validation: float | None
+    validation: dict[str, float] | None
     seconds: float
     steps: int
 
@@ -133,7 +133,7 @@ def sweep(
                     by_group=parts,
                     details={
                         "rates": best.rates,
-                        "validation_accuracy": best.validation,
+                        "validation": best.validation,
                         "test_loss": test["loss"],
                         "train_examples": len(train),
                         "test_examples": len(domain.test),
@@ -186,16 +186,23 @@ def _train(
             continue
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
-        accuracy = score(state.task, held_out)["accuracy"] if held_out else None
+        validation = score(state.task, held_out) if held_out else None
         if len(candidates) > 1:
             states.save(state)  # if a later candidate is interrupted, this one is done
-        if best is None or (accuracy or 0.0) > (best.validation or 0.0):
+        if best is None or _better(validation, best.validation):
             rates = dict(adaptation.recipe.rates)
-            best = _Trained(state, rates, accuracy, seconds, adaptation.steps)
+            best = _Trained(state, rates, validation, seconds, adaptation.steps)
     if best is None:
         assert failure is not None
         raise failure
     return best
+
+
+def _better(new: dict[str, float] | None, old: dict[str, float] | None) -> bool:
+    """Compare accuracies, then losses: small sets tie often."""
+    if new is None or old is None:
+        return False
+    return (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
 
 
 def _chosen(results: Results, name: str, domain: str) -> list[dict[str, float]]:

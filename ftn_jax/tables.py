@@ -4,11 +4,20 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ftn_jax.results import Row
+from ftn_jax.results import Results, Row
+
+
+def report(results: Results) -> None:
+    """Print the table; write `results.md` and `accuracy.png` beside `results.json`."""
+    workdir = results.path.parent
+    table = markdown_table(results.rows)
+    (workdir / "results.md").write_text(table)
+    plot_accuracy(results.rows, workdir / "accuracy.png")
+    print(f"\n{table}\ntable, picture and saved tasks: {workdir}")
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Lay rows out as the papers do, one line for each method.
+    """Lay rows out as the papers do: one line for each method, the smallest first.
 
     Accuracies are in percent, mean and (for more than one seed) standard deviation
     over seeds; the last column is the mean over tasks. Parameters are the task's
@@ -80,8 +89,9 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def _names(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    by_size = sorted(rows, key=lambda row: row.task_params)  # stable
     return (
-        list(dict.fromkeys(row.method for row in rows)),
+        list(dict.fromkeys(row.method for row in by_size)),
         list(dict.fromkeys(row.task for row in rows)),
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,7 @@ class TaskState:
         return cls(jnp.zeros((), jnp.int32), task, tx.init(task.delta), key)
 
 
+@runtime_checkable
 class TrainStep(Protocol):
     """A pure training step; jit it with `donate_argnums=1`."""
 
@@ -177,6 +178,7 @@ def make_train_step(
     return step
 
 
+@runtime_checkable
 class EvalStep(Protocol):
     """A pure evaluation step."""
 

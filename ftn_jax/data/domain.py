@@ -1,8 +1,8 @@
 """What a classification data set is: sources of examples, domains, and their parts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32, Integer, UInt8
@@ -15,6 +15,7 @@ class Example(NamedTuple):
     label: int
 
 
+@runtime_checkable
 class Source(Protocol):
     """Gives examples by index, and all labels without decoding an image.
 
@@ -155,6 +156,14 @@ class Domain:
     def num_classes(self) -> int:
         """Count the classes."""
         return len(self.class_names)
+
+    def limited(self, *, train: int | None = None, test: int | None = None) -> "Domain":
+        """Keep at most so many training and test examples, balanced over classes."""
+        return replace(
+            self,
+            train=limit(self.train, train, seed=0) if train else self.train,
+            test=limit(self.test, test, seed=0) if test else self.test,
+        )
 
 
 class Split(NamedTuple):

@@ -32,11 +32,7 @@ _ITALIC = (
     "STIXGeneralBolIta",
 )
 # Without those that a slanted font makes hard to tell from another.
-_GREEK = {
-    **{"alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε"},
-    **{"zeta": "ζ", "eta": "η", "theta": "θ", "lambda": "λ", "mu": "μ", "xi": "ξ"},
-    **{"pi": "π", "rho": "ρ", "sigma": "σ", "phi": "φ", "psi": "ψ", "omega": "ω"},
-}
+_GREEK = "αβγδεζηθλμξπρσφψω"
 _ANGLES = 6
 _PERIODS_PX = (7.0, 4.5)
 _MOST_DISCS = 6
@@ -83,7 +79,7 @@ def embedded_targets(seed: int = 0) -> tuple[Domain, ...]:
     sizes = (1024, 600)
     return (
         _digits(seed),
-        _draw_domain("greek", list(_GREEK), _paint_greek, sizes=sizes, seed=seed),
+        _draw_domain("greek", _GREEK, _paint_greek, sizes=sizes, seed=seed),
         _draw_domain("stripes", stripes, _paint_stripes, sizes=sizes, seed=seed),
         _draw_domain("counting", counts, _paint_counting, sizes=sizes, seed=seed),
     )
@@ -143,20 +139,19 @@ def _digits(seed: int) -> Domain:
 def _paint_capitals(
     rng: np.random.Generator, labels: _Labels, photos: _Images
 ) -> _Images:
-    ink = _draw_glyphs(rng, labels, _CAPITALS, fonts=_SANS, turn_deg=20)
+    ink = _draw_glyphs(rng, labels, _CAPITALS, fonts=_SANS, turn_deg=20.0)
     light = _colours(rng, len(labels), low=120, high=255)
     return _blend(0.5 * photos, light, ink) + rng.normal(0, 4, photos.shape)
 
 
 def _paint_greek(rng: np.random.Generator, labels: _Labels, photos: _Images) -> _Images:
     n = len(labels)
-    letters = list(_GREEK.values())
     ink = _draw_glyphs(
-        rng, labels, letters, fonts=_ITALIC, turn_deg=15, scale=(0.9, 1.2)
+        rng, labels, _GREEK, fonts=_ITALIC, turn_deg=15.0, scale=(0.9, 1.2)
     )
     others = rng.integers(0, len(_CAPITALS), n)
     scraps = _draw_glyphs(
-        rng, others, _CAPITALS, fonts=("DejaVuSerif",), turn_deg=180, shift_px=8
+        rng, others, _CAPITALS, fonts=("DejaVuSerif",), turn_deg=180.0, shift_px=8.0
     )
     paper = 255 - rng.uniform(0.2, 0.5, (n, 1, 1, 1)) * photos
     paper = _blend(paper, _colours(rng, n, low=120, high=220), scraps)
@@ -283,7 +278,7 @@ def _photo_patches(rng: np.random.Generator, n: int, *, left: bool) -> _Images:
 
 
 def _colours(
-    rng: np.random.Generator, n: int, *, low: float, high: float
+    rng: np.random.Generator, n: int, *, low: int, high: int
 ) -> Float[np.ndarray, "n 1 1 3"]:
     return rng.uniform(low, high, (n, 1, 1, 3))
 

@@ -117,9 +117,9 @@ class CP(Node):
             raise ValueError(f"rank must be an integer >= 1, found {rank!r}")
         spans = _default_axes(w.ndim) if axes is None else tuple(map(tuple, axes))
         _check_axes(spans, w.ndim)
-        spatial = w.ndim >= 4 and len(spans) >= 3
-        init = init or ("taps" if spatial else "identity")
-        if init == "taps" and len(spans) < 3:
+        many = len(spans) >= 3
+        init = init or ("taps" if w.ndim >= 4 and many else "identity")
+        if init == "taps" and not many:
             raise ValueError(
                 f"init 'taps' needs a spatial factor and two more, found axes {spans} "
                 f"for a weight of shape {w.shape}; use 'identity'"

@@ -122,7 +122,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _unwrap(path: Path, content: Any) -> Mapping[str, Any]:
+def _unwrap(path: Path, content: Any) -> Mapping[Any, Any]:
     """Find the dict of tensors in what the file holds."""
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

@@ -20,7 +20,8 @@ from ftn_jax.models.resnet_block import free_shortcut
 
 
 def images(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    x = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(x, jnp.float32)
 
 
 def shapes(model, size=64):
@@ -229,7 +230,7 @@ def test_every_convolution_pads_explicitly_as_pytorch(name):
 
 
 def test_option_a_and_pooling_shortcuts_place_the_zero_channels():
-    x = np.arange(1, 17, dtype=np.float32).reshape(1, 4, 4, 1).repeat(2, axis=3)
+    x = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1).repeat(2, axis=3)
     y = free_shortcut(x, 4, stride=2, kind="subsample")
     np.testing.assert_array_equal(y[0, :, :, 1], [[1, 3], [9, 11]])
     assert not y[..., [0, 3]].any()

@@ -1,8 +1,11 @@
 """The ResNets once more in plain PyTorch, written apart from the Flax ones."""
 
-import torch
-from torch import nn
-from torch.nn import functional
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
 
 
 class BasicBlock(nn.Module):
@@ -147,7 +150,7 @@ class SmallResNet(nn.Module):
 
 
 def randomize(model, seed=0):
-    """Give every BatchNorm random affine parameters and statistics."""
+    """Give every layer random parameters, and every BatchNorm random statistics."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -157,4 +160,7 @@ def randomize(model, seed=0):
             module.running_var.uniform_(0.5, 1.5, generator=generator)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", generator=generator)
+        elif isinstance(module, nn.Linear):
+            module.weight.data.normal_(0, 0.1, generator=generator)
+            module.bias.data.normal_(0, 0.1, generator=generator)
     return model

@@ -1,0 +1,149 @@
+"""The loop: where it stops, what it keeps, and that it goes on as if nothing was."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from toy import batch, setup
+
+from ftn_jax.fit import NonFiniteLoss, fit
+from ftn_jax.resume import StateFolder
+
+
+def batches(start):
+    for n in itertools.count(start):
+        yield batch(seed=n)
+
+
+def test_fit_logs_means_and_takes_exactly_the_steps():
+    shared, state, step = setup()
+    logs = []
+    state = fit(
+        jax.jit(step, donate_argnums=1),
+        shared,
+        state,
+        batches,
+        steps=25,
+        on_log=lambda n, means: logs.append((n, means)),
+        log_every=10,
+    )
+    assert int(state.step) == 25
+    assert [n for n, _ in logs] == [10, 20, 25]
+    assert all(0 <= m["accuracy"] <= 1 and m["nonfinite"] == 0 for _, m in logs)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    shared, start, step = setup()
+    jitted = jax.jit(step)
+    whole = fit(jitted, shared, start, batches, steps=12)
+    folder = StateFolder(tmp_path / "state")
+    assert folder.restore(start) is None
+    folder.save(fit(jitted, shared, start, batches, steps=5))
+    restored = folder.restore(start)
+    assert int(restored.step) == 5
+    chex.assert_trees_all_equal(fit(jitted, shared, restored, batches, steps=12), whole)
+    folder.clear()
+    assert folder.restore(start) is None
+
+
+def test_state_of_another_configuration_is_refused(tmp_path):
+    _, state, _ = setup()
+    folder = StateFolder(tmp_path / "state")
+    folder.save(state)
+    other = jax.tree.map(
+        lambda x: jnp.zeros((*x.shape, 2)) if x.shape == (8,) else x, state
+    )
+    with pytest.raises(ValueError, match="another configuration.*delete the folder"):
+        folder.restore(other)
+
+
+def test_nonfinite_loss_stops_and_keeps_the_last_good_state(tmp_path):
+    shared, state, step = setup()
+
+    def poisoned(start):
+        for n, data in enumerate(batches(start), start):
+            bad = n >= 7
+            yield {**data, "image": data["image"] * (jnp.nan if bad else 1)}
+
+    good = fit(jax.jit(step), shared, state, poisoned, steps=7, log_every=4)
+    folder = StateFolder(tmp_path / "state")
+    with pytest.raises(NonFiniteLoss, match="after step 7.*last good state") as caught:
+        fit(
+            jax.jit(step),
+            shared,
+            state,
+            poisoned,
+            steps=20,
+            log_every=4,
+            save=folder.save,
+        )
+    chex.assert_trees_all_equal(caught.value.state, good)
+    chex.assert_trees_all_equal(folder.restore(state), good)
+
+
+def test_batches_that_end_early_are_an_error():
+    shared, state, step = setup()
+    with pytest.raises(ValueError, match="ended after step 3, expected 5"):
+        fit(
+            jax.jit(step),
+            shared,
+            state,
+            lambda start: itertools.islice(batches(start), 3),
+            steps=5,
+        )
+
+
+def test_ctrl_c_saves_and_raises(tmp_path):
+    shared, state, step = setup()
+    folder = StateFolder(tmp_path / "state")
+
+    def interrupting(start):
+        for n, data in enumerate(batches(start), start):
+            if n == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield data
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            jax.jit(step, donate_argnums=1),
+            shared,
+            state,
+            interrupting,
+            steps=50,
+            save=folder.save,
+        )
+    assert signal.getsignal(signal.SIGINT) is before
+    _, fresh, _ = setup()
+    assert int(folder.restore(fresh).step) == 4
+
+
+def test_second_ctrl_c_does_not_wait():
+    code = """
+    import os, signal
+    from ftn_jax.fit import _interrupt
+    try:
+        with _interrupt() as event:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert event.is_set()
+            os.kill(os.getpid(), signal.SIGINT)
+            print("not reached")
+    except KeyboardInterrupt:
+        print("stopped")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=120,
+    )
+    assert done.stdout.strip() == "stopped", done.stderr

@@ -1,0 +1,101 @@
+"""Results files, tables and pictures."""
+
+import json
+
+import pytest
+
+from ftn_jax.results import Results, Row
+from ftn_jax.sweep import slug
+from ftn_jax.tables import markdown_table, plot_accuracy, report
+
+
+def row(method="FTN R=1", task="a", seed=0, value=0.5, params=30):
+    return Row(
+        method=method,
+        task=task,
+        seed=seed,
+        metric="accuracy",
+        value=value,
+        task_params=params,
+        shared_params=1000,
+        steps=3,
+        seconds=1.5,
+        by_group={"factors": params, "head": 5},
+        details={"rates": {"factors": 0.1}},
+    )
+
+
+def open_results(path, **config):
+    return Results(path, experiment="test", config=config, free=("seeds",))
+
+
+def test_every_row_reaches_the_disk_and_comes_back(tmp_path):
+    results = open_results(tmp_path, rate=0.1, seeds=(0,))
+    results.add(row())
+    on_disk = json.loads((tmp_path / "results.json").read_text())
+    assert on_disk["experiment"] == "test" and len(on_disk["rows"]) == 1
+    assert {"commit", "versions", "device", "config"} <= set(on_disk)
+    results.add(row(seed=1))
+    again = open_results(tmp_path, rate=0.1, seeds=(0, 1, 2))
+    assert again.rows == [row(), row(seed=1)]
+    assert again.find("FTN R=1", "a", 1) == row(seed=1)
+    assert again.find("FTN R=1", "a", 2) is None
+
+
+def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path):
+    open_results(tmp_path, rate=0.1).add(row())
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=r"rate: there 0.1, now 0.2.*--workdir"):
+        open_results(tmp_path, rate=0.2)
+    with pytest.raises(ValueError, match="experiment: there 'test'"):
+        Results(tmp_path, experiment="other", config={"rate": 0.1})
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": []}'])
+def test_a_damaged_file_is_named_and_left_alone(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match="results.json is no results file"):
+        open_results(tmp_path)
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        open_results(tmp_path / "file" / "runs")
+
+
+def test_table_gives_mean_std_and_leaves_gaps_open():
+    rows = [
+        row(value=0.5),
+        row(value=0.7, seed=1),
+        row(task="b", value=0.9),
+        row(method="fine-tuning", params=1000, value=0.8),
+    ]
+    assert markdown_table(rows) == (
+        "| method | params per task | share of backbone | a | b | mean |\n"
+        "|---|--:|--:|--:|--:|--:|\n"
+        "| FTN R=1 | 30 | 3.0% | 60.0 ± 14.1 | 90.0 | 75.0 |\n"
+        "| fine-tuning | 1,000 | 100.0% | 80.0 | – | – |\n"
+    )
+
+
+def test_report_writes_table_and_picture(tmp_path, capsys):
+    results = open_results(tmp_path)
+    for name, params in (("feature extractor", 0), ("FTN R=1", 30)):
+        for task in ("a", "b"):
+            results.add(row(method=name, task=task, params=params))
+    report(results)
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_picture_of_incomplete_rows(tmp_path):
+    plot_accuracy([row(), row(task="b"), row(method="x")], tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_slug():
+    assert slug("FTN R=10, taps") == "ftn_r_10_taps"
+    assert slug("../../etc") == "etc"
