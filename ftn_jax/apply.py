@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Key
 
 
@@ -95,7 +96,8 @@ def from_nnx(graphdef: Any, *, inputs: str = "image") -> Apply:
     ) -> tuple[Any, Any]:
         from flax import nnx
 
-        model = nnx.merge(graphdef, params, model_state)
+        # A rebuilt state: NNX refuses to write to one that an outer trace made.
+        model = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, model_state))
         model.train() if train else model.eval()
         outputs = model(batch[inputs])
         return outputs, nnx.split(model, nnx.Param, ...)[2] if train else model_state

@@ -17,38 +17,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 import ftn_jax.nodes  # noqa: F401  task files may hold any of them
+from ftn_jax.atomic import write_atomic
 from ftn_jax.core import Node, iter_nodes, path_name
+from ftn_jax.manifest import (
+    FORMAT_VERSION,
+    TaskFileError,
+    read_manifest,
+    read_tensors,
+)
 from ftn_jax.train import Task
-
-FORMAT_VERSION = 1
-
-# By their names in safetensors files, whose own numpy reader lacks bfloat16.
-_DTYPES = {"BOOL": np.dtype(bool), "BF16": np.dtype(jax.numpy.bfloat16)} | {
-    f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}")
-    for kind in ("float", "int", "uint")
-    for bits in (8, 16, 32, 64)
-    if f"{kind}{bits}" != "float8"
-}
-_MANIFEST = {
-    "name": str,
-    "class_names": list,
-    "preprocessing": list,
-    "metadata": dict,
-    "tensors": dict,
-    "nodes": list,
-    "keys": dict,
-    "shared": dict,
-}
-_TENSORS = {"file": str, "sha256": str, "arrays": dict}
-_NODE = {"path": str, "type": str, "module": str, "static": dict, "arrays": dict}
-
-
-class TaskFileError(ValueError):
-    """A task file that is damaged, of another backbone, or of a newer format."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +166,9 @@ def restore_task(
             the first leaf that differs).
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
     _check_backbone(directory, manifest["shared"], shared)
-    tensors = _read_tensors(directory, manifest["tensors"])
+    tensors = read_tensors(directory, manifest["tensors"])
     nodes = {n["path"]: _build(directory, n, tensors) for n in manifest["nodes"]}
     delta = jax.tree_util.tree_map_with_path(
         lambda path, _: nodes.pop(path_name(path), None), shared
@@ -218,19 +198,6 @@ def restore_task(
     )
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that it is never seen half-written: the old one or the new."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _store(tensors: dict[str, np.ndarray], name: str, value: Any) -> Any:
     """Put a field's arrays into `tensors`; return its structure with their names."""
     if isinstance(value, (tuple, list)):
@@ -258,37 +225,6 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no task: {path} does not exist")
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TaskFileError(f"{path} is no task manifest: {error!r}") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise TaskFileError(
-            f"{path} has format version {version}, this ftn_jax reads up to "
-            f"{FORMAT_VERSION}: upgrade ftn_jax to open it"
-        )
-    _check_entries(path, manifest, _MANIFEST)
-    _check_entries(path, manifest["tensors"], _TENSORS)
-    for node in manifest["nodes"]:
-        _check_entries(path, node, _NODE)
-    return manifest
-
-
-def _check_entries(path: Path, found: Any, kinds: dict[str, type]) -> None:
-    entries = found if isinstance(found, dict) else {}
-    bad = {k: v.__name__ for k, v in kinds.items() if not isinstance(entries.get(k), v)}
-    if bad:
-        raise TaskFileError(
-            f"{path} lacks entries, or has them of another kind, expected {bad}; "
-            "restore the file from a copy"
-        )
-
-
 def _check_backbone(directory: Path, expected: dict[str, str], shared: Any) -> None:
     found = fingerprint(shared)
     for path in [*expected, *(p for p in found if p not in expected)]:
@@ -304,36 +240,6 @@ def _check_backbone(directory: Path, expected: dict[str, str], shared: Any) -> N
                 f"{directory} belongs to another backbone; the first leaf that differs "
                 f"is {path}: {why}. Load the weights that the task was trained on"
             )
-
-
-def _read_tensors(directory: Path, entry: dict[str, Any]) -> dict[str, np.ndarray]:
-    path = directory / Path(entry["file"]).name  # never outside the folder
-    if not path.is_file():
-        raise TaskFileError(f"{path} is missing, the manifest names it")
-    content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != entry["sha256"]:
-        raise TaskFileError(
-            f"{path} is damaged: {len(content)} bytes with SHA-256 {found}, expected "
-            f"{entry['sha256']}; restore it from a copy"
-        )
-    try:
-        tensors = {
-            name: np.frombuffer(x["data"], _DTYPES[x["dtype"]]).reshape(x["shape"])
-            for name, x in deserialize(content)
-        }
-    except (SafetensorError, KeyError) as error:
-        raise TaskFileError(f"{path} is no safetensors file: {error!r}") from error
-    shapes = {
-        k: {"shape": list(x.shape), "dtype": str(x.dtype)} for k, x in tensors.items()
-    }
-    for name in sorted({*shapes, *entry["arrays"]}):
-        if shapes.get(name) != entry["arrays"].get(name):
-            raise TaskFileError(
-                f"{path}: {name} is {shapes.get(name, 'missing')}, the manifest says "
-                f"{entry['arrays'].get(name, 'nothing of it')}"
-            )
-    return tensors
 
 
 def _build(directory: Path, entry: dict[str, Any], tensors: dict[str, Any]) -> Node:

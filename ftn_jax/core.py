@@ -57,6 +57,8 @@ class Node:
         is_static = {f.name: f.metadata.get("static", False) for f in fields(cls)}  # pyright: ignore[reportArgumentType]
         cls.data_fields = data = tuple(n for n, s in is_static.items() if not s)
         cls.static_fields = meta = tuple(n for n, s in is_static.items() if s)
+        if "group" in data:
+            raise TypeError(f"{cls.__name__}: declare `group: str = static(...)`")
         old = Node.types.get(cls.__name__, cls)
         names = [f"{c.__module__}.{c.__qualname__}" for c in (old, cls)]
         if names[0] != names[1]:  # redefining a class in a notebook is fine
@@ -161,8 +163,10 @@ def groups(delta: Any) -> Any:
     Returns:
         A tree with the structure of `delta` and a string in place of each array.
     """
-    return jax.tree.map(
-        lambda node: jax.tree.map(lambda _: node.group, node), delta, is_leaf=is_node
+    treedef = jax.tree.structure(delta, is_leaf=is_node)
+    return treedef.unflatten(
+        jax.tree.map(lambda _, node=node: node.group, node)
+        for _, node in iter_nodes(delta)
     )
 
 
@@ -206,7 +210,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
     entries, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return [path_name(path) for path, _ in entries], [w for _, w in entries], treedef
+    paths = [path_name(path) for path, _ in entries]
+    if len(set(paths)) < len(paths):
+        twice = sorted({p for p in paths if paths.count(p) > 1})
+        raise ValueError(f"two leaves of one path: {twice}; rename a key with a '/'")
+    return paths, [w for _, w in entries], treedef
 
 
 def _nodes_like(shared: Any, delta: Any) -> list[Node | None]:

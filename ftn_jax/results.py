@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ftn_jax.checkpoint import write_atomic
+from ftn_jax.atomic import write_atomic
 
 PACKAGES = ("ftn-jax", "jax", "flax", "optax", "numpy")
 

@@ -24,7 +24,8 @@ from ftn_jax import (
     restore_task,
     save_task,
 )
-from ftn_jax.checkpoint import TaskFileError, fingerprint, write_atomic
+from ftn_jax.atomic import write_atomic
+from ftn_jax.checkpoint import TaskFileError, fingerprint
 from ftn_jax.nodes import CP, Replace
 
 RULES = {

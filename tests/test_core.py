@@ -438,6 +438,24 @@ def test_fields_are_sorted_in_data_and_configuration():
     assert jax.tree_util.keystr(path) == ".value"
 
 
+def test_a_group_that_is_no_static_field_is_refused(forget):
+    with pytest.raises(TypeError, match=r"Careless: declare `group: str = static"):
+
+        class Careless(Node):
+            group: str = "norm"
+
+
+def test_two_leaves_of_one_path_are_refused(key):
+    shared = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"two leaves of one path: \['a/b'\]"):
+        make_delta(key, shared, {"a/b": Replace.init})
+
+
+def test_groups_refuse_what_is_no_node():
+    with pytest.raises(TypeError, match="w: a delta holds nodes and None"):
+        groups({"w": jnp.ones(2)})
+
+
 def test_nodes_are_frozen():
     with pytest.raises(AttributeError, match="cannot assign"):
         Replace(jnp.ones(2)).value = 3

@@ -44,7 +44,10 @@ def test_shared_and_other_tasks_survive_donated_steps_bit_for_bit():
     after = snapshot(shared), snapshot((other.task, other.opt_state))
     for a, b in zip(before, after, strict=True):
         chex.assert_trees_all_equal(a, b)
-    moved = [np.abs(a - b).max() for a, b in zip(start, snapshot(state.task.delta), strict=True)]
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(start, snapshot(state.task.delta), strict=True)
+    ]
     assert min(moved) > 1e-3
 
 

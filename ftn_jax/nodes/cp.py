@@ -113,7 +113,8 @@ class CP(Node):
                 positive, the axes are not a partition of w's, or `"taps"` is asked
                 for with fewer than three factors.
         """
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        whole = isinstance(rank, (int, np.integer)) and not isinstance(rank, bool)
+        if not whole or rank < 1:
             raise ValueError(f"rank must be an integer >= 1, found {rank!r}")
         spans = _default_axes(w.ndim) if axes is None else tuple(map(tuple, axes))
         _check_axes(spans, w.ndim)
@@ -170,8 +171,11 @@ class CP(Node):
                 f"shape {w.shape}" + (f", which needs sizes {expected}" if fits else "")
             )
         letters = [chr(ord("a") + n) for n in range(len(self.factors))]
+        # At full precision: accelerators would round the factors to TF32 or bf16.
         update = jnp.einsum(
-            ",".join(f"{x}Z" for x in letters) + "->" + "".join(letters), *self.factors
+            ",".join(f"{x}Z" for x in letters) + "->" + "".join(letters),
+            *self.factors,
+            precision="highest",
         )
         sizes = {f"x{a}": n for a, n in enumerate(w.shape)}
         grouped = " ".join(f"({' '.join(f'x{a}' for a in span)})" for span in self.axes)
