@@ -120,8 +120,8 @@ def test_a_plain_function_will_do():
         return logits + params["b"][None], model_state
 
     shared = {"w": jnp.zeros((3, 3)), "b": jnp.zeros(3)}
-    state, sums = train(apply, shared, {}, {".": Replace.init})
-    assert sums["correct"] / sums["count"] > 0.9
+    state, sums = train(apply, shared, {}, {".": Replace.init}, steps=150)
+    assert sums["correct"] / sums["count"] > 0.8
 
 
 @pytest.mark.parametrize("train_mode", [True, False])

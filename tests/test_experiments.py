@@ -157,6 +157,30 @@ def test_bad_flags_end_with_one_clear_line(flags, message, tmp_path):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_image_folders_and_a_picture_that_does_not_decode(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "data" / "pets" / part / label
+            folder.mkdir(parents=True)
+            for n in range(12):
+                pixels = rng.integers(0, 255, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    bad = tmp_path / "data" / "pets" / "train" / "dog" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    args = ["experiments.multi_domain", "--tiny", "--data", str(tmp_path / "data")]
+    args += ["--batch-size", "8", "--methods", "feature_extractor"]
+    done = run_cli(*args, "--workdir", str(tmp_path / "stops"))
+    assert done.returncode == 2 and str(bad) in done.stderr, done.stderr
+    done = run_cli(*args, "--workdir", str(tmp_path / "runs"), "--skip-bad")
+    assert done.returncode == 0, done.stderr
+    assert str(bad) in done.stderr  # named, not passed over in silence
+    row = json.loads((tmp_path / "runs" / "results.json").read_text())["rows"][0]
+    assert row["details"]["train_examples"] + 2 == 23  # two held out, one bad
+
+
 def test_diverging_run_stops_with_its_own_exit_code(tmp_path):
     done = run_cli(
         *("experiments.multi_domain", "--tiny", "--workdir", str(tmp_path)),

@@ -15,6 +15,8 @@ from ftn_jax import (
     make_eval_step,
     make_optimizer,
     materialize,
+    restore_task,
+    save_task,
 )
 from ftn_jax.apply import from_linen
 from ftn_jax.metrics import classification
@@ -32,9 +34,11 @@ def distance(a, b):
     )
 
 
-def test_shared_and_other_tasks_survive_donated_steps_bit_for_bit():
+def test_shared_and_other_tasks_survive_donated_steps_bit_for_bit(tmp_path):
     shared, state, step = setup()
     _, other, _ = setup()
+    save_task(tmp_path, other.task, shared=shared, name="other")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     before = snapshot(shared), snapshot((other.task, other.opt_state))
     start = snapshot(state.task.delta)
     jitted = jax.jit(step, donate_argnums=1)
@@ -44,10 +48,11 @@ def test_shared_and_other_tasks_survive_donated_steps_bit_for_bit():
     after = snapshot(shared), snapshot((other.task, other.opt_state))
     for a, b in zip(before, after, strict=True):
         chex.assert_trees_all_equal(a, b)
-    moved = [
-        np.abs(a - b).max()
-        for a, b in zip(start, snapshot(state.task.delta), strict=True)
-    ]
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    saved = restore_task(tmp_path, shared)  # which checks every byte of shared
+    chex.assert_trees_all_equal(saved.task, other.task)
+    end = snapshot(state.task.delta)
+    moved = [np.abs(a - b).max() for a, b in zip(start, end, strict=True)]
     assert min(moved) > 1e-3
 
 
