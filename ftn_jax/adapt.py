@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from ftn_jax import metrics
 from ftn_jax.apply import Apply
-from ftn_jax.core import make_delta
+from ftn_jax.core import make_delta, materialize
 from ftn_jax.data import (
     Source,
     Transform,
@@ -191,26 +193,33 @@ class Evaluator:
         self.shared, self.transform = backbone.shared, transform
         self.batch_size = batch_size
         apply = backbone.network(classes)
-        self._sums = jax.jit(make_eval_step(apply))
         self._outputs = jax.jit(make_eval_step(apply, metrics=None))
-
-    def score(self, task: Task, source: Source) -> dict[str, float]:
-        """Return the mean loss (nats) and the accuracy over all of the source."""
-        total = None
-        for batch in self._batches(source):
-            total = metrics.add(total, self._sums(self.shared, task, batch))
-        return metrics.means(total or {})
 
     def outputs(self, task: Task, source: Source) -> np.ndarray:
         """Return the network's outputs for every example, in order."""
-        rows = [
-            np.asarray(self._outputs(self.shared, task, batch))[batch["mask"] > 0]
-            for batch in self._batches(source)
-        ]
-        return np.concatenate(rows)
-
-    def _batches(self, source: Source) -> Any:
+        params, merged = self._merge(task)
         stream = eval_batches(
             source, batch_size=self.batch_size, transform=self.transform
         )
-        return prefetch(stream)
+        return np.concatenate(
+            [
+                np.asarray(self._outputs(params, merged, batch))[batch["mask"] > 0]
+                for batch in prefetch(stream)
+            ]
+        )
+
+    def score(self, task: Task, source: Source) -> dict[str, float]:
+        """Return the mean loss (nats) and the accuracy over all of the source."""
+        return score(self.outputs(task, source), source)
+
+    def _merge(self, task: Task) -> tuple[Any, Task]:
+        """Merge once for all batches; what runs then is the same for every method."""
+        params = materialize(self.shared, task.delta)
+        nothing = jax.tree.map(lambda _: None, params)
+        return params, Task(nothing, task.model_state)
+
+
+def score(logits: Float[np.ndarray, "n classes"], source: Source) -> dict[str, float]:
+    """Return the mean loss (nats) and the accuracy of a source's logits."""
+    labels = jnp.asarray(source.labels)
+    return metrics.means(metrics.classification(jnp.asarray(logits), {"label": labels}))

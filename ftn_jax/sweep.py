@@ -4,12 +4,13 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe
+from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe, score
 from ftn_jax.checkpoint import save_task
 from ftn_jax.command import progress_bar
 from ftn_jax.core import count, path_name
@@ -113,12 +114,13 @@ def sweep(
                     candidates,
                     seed=seed,
                     title=f"{domain.name} / {name} / seed {seed}",
-                    score=evaluator.score,
+                    evaluator=evaluator,
                     held_out=held_out,
                     folder=workdir / "state" / place,
                 )
                 task = best.state.task
-                test = evaluator.score(task, domain.test)
+                logits = evaluator.outputs(task, domain.test)
+                test = score(logits, domain.test)
                 parts = count(task.delta).by_group
                 row = Row(
                     method=name,
@@ -146,7 +148,12 @@ def sweep(
                     name=domain.name,
                     class_names=domain.class_names,
                     preprocessing=describe(eval_transform),
-                    metadata={"method": name, "seed": seed, "accuracy": row.value},
+                    metadata={
+                        "method": name,
+                        "seed": seed,
+                        "accuracy": row.value,
+                        "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
+                    },
                 )
                 results.add(row)
                 StateFolder(workdir / "state" / place).clear()
@@ -166,7 +173,7 @@ def _train(
     *,
     seed: int,
     title: str,
-    score: Callable[[Any, Source], dict[str, float]],
+    evaluator: Evaluator,
     held_out: Source | None,
     folder: Path,
 ) -> _Trained:
@@ -186,7 +193,7 @@ def _train(
             continue
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
-        validation = score(state.task, held_out) if held_out else None
+        validation = evaluator.score(state.task, held_out) if held_out else None
         if len(candidates) > 1:
             states.save(state)  # if a later candidate is interrupted, this one is done
         if best is None or _better(validation, best.validation):

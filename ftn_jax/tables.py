@@ -73,8 +73,13 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path) -> None:
     for method in complete:
         height = statistics.mean(mean[method, t] for t in tasks)
         axes.plot(place[method], height, "k*", markersize=13)
+        right = share[method] > 30  # keep the label inside the frame
         axes.annotate(
-            method, (place[method], height), (6, -12), textcoords="offset points"
+            method,
+            (place[method], height),
+            (-8 if right else 8, -14),
+            textcoords="offset points",
+            ha="right" if right else "left",
         )
     axes.set(
         xscale="log",
