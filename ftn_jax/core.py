@@ -26,6 +26,25 @@ def static(**options: Any) -> Any:
     return field(metadata={"static": True}, **options)
 
 
+def register(cls: type[Any], data: tuple[str, ...], meta: tuple[str, ...]) -> None:
+    """Make a dataclass a pytree that is rebuilt without running its `__init__`.
+
+    Tree operations put placeholders, shapes and stacked arrays where arrays were;
+    the checks of building an object must not see them.
+    """
+
+    def flatten(x: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        children = [(jax.tree_util.GetAttrKey(n), getattr(x, n)) for n in data]
+        return children, tuple(getattr(x, n) for n in meta)
+
+    def unflatten(aux: Any, children: Any) -> Any:
+        x = object.__new__(cls)
+        x.__dict__.update(zip(meta + data, (*aux, *children), strict=True))
+        return x
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
 class Node:
     """What one task adds to one weight; subclass it to add a method.
@@ -68,18 +87,7 @@ class Node:
             )
         Node.types[cls.__name__] = cls
 
-        def flatten(node: Node) -> tuple[list[tuple[Any, Any]], Any]:
-            children = [(jax.tree_util.GetAttrKey(n), getattr(node, n)) for n in data]
-            return children, tuple(getattr(node, n) for n in meta)
-
-        def unflatten(aux: Any, children: Any) -> Node:
-            # Not through __init__: tree operations put placeholders, shapes and
-            # stacked arrays where arrays were, and its checks must not see them.
-            node = object.__new__(cls)
-            node.__dict__.update(zip(meta + data, (*aux, *children), strict=True))
-            return node
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        register(cls, data, meta)
 
     def merge(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the task's weight for the frozen weight `w`."""

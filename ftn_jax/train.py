@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,17 +10,12 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from ftn_jax.apply import Apply
-from ftn_jax.core import materialize
+from ftn_jax.core import materialize, register
 from ftn_jax.metrics import Sums, classification
 
 Loss = Callable[[Any, Mapping[str, Any]], Sums]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["delta", "model_state"],
-    meta_fields=[],
-)
 @dataclass(frozen=True)
 class Task:
     """All that belongs to one task, beside the shared backbone.
@@ -35,11 +29,6 @@ class Task:
     model_state: Any
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "task", "opt_state", "key"],
-    meta_fields=[],
-)
 @dataclass(frozen=True)
 class TaskState:
     """A task in training; holds nothing of the backbone, so it may be donated.
@@ -72,6 +61,10 @@ class TaskState:
         """
         task, key = jax.tree.map(jnp.copy, (Task(delta, model_state), key))
         return cls(jnp.zeros((), jnp.int32), task, tx.init(task.delta), key)
+
+
+register(Task, ("delta", "model_state"), ())
+register(TaskState, ("step", "task", "opt_state", "key"), ())
 
 
 @runtime_checkable

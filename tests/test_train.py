@@ -282,7 +282,7 @@ def test_adam_moves_factors_and_sgd_the_rest():
 @pytest.mark.parametrize("schedule", ["cosine", "polynomial", "constant"])
 def test_schedules_and_warmup(schedule):
     tx = make_optimizer(
-        {"norm": 1.0}, steps=10, schedule=schedule, warmup_steps=4, momentum=0
+        {"norm": 1.0}, steps=10, schedule=schedule, warmup_steps=4, momentum=0.0
     )
     delta = {"w": Replace(jnp.zeros(()))}
     opt_state, rates = tx.init(delta), []
@@ -303,12 +303,14 @@ def test_weight_decay_by_group_and_clipping():
     delta = {"w": Replace(jnp.full((4,), 2.0)), "h": Replace(jnp.ones(4), group="head")}
     grads = jax.tree.map(jnp.zeros_like, delta)
     tx = make_optimizer(
-        {"norm": 1.0, "head": 1.0}, steps=5, weight_decay={"norm": 0.1}, momentum=0
+        {"norm": 1.0, "head": 1.0}, steps=5, weight_decay={"norm": 0.1}, momentum=0.0
     )
     updates, _ = tx.update(grads, tx.init(delta), delta)
     np.testing.assert_allclose(updates["w"].value, -0.2, rtol=1e-6)
     np.testing.assert_allclose(updates["h"].value, 0.0)
-    tx = make_optimizer({"norm": 1.0, "head": 1.0}, steps=5, clip_norm=1.0, momentum=0)
+    tx = make_optimizer(
+        {"norm": 1.0, "head": 1.0}, steps=5, clip_norm=1.0, momentum=0.0
+    )
     ones = jax.tree.map(lambda x: 10 * jnp.ones_like(x), delta)
     updates, _ = tx.update(ones, tx.init(delta), delta)
     np.testing.assert_allclose(float(optax.tree.norm(updates)), 1.0, rtol=1e-5)
