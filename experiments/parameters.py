@@ -129,7 +129,7 @@ def count_backbone(name: str, classes: int) -> dict[str, int]:
             "head"
             if re.fullmatch(RESNET.head, path_name(path))
             else "norms"
-            if re.fullmatch(RESNET.norms, path_name(path))
+            if re.fullmatch(RESNET.norms or "", path_name(path))
             else "kernels"
         )
         parts[kind] += leaf.size
@@ -143,9 +143,11 @@ def count_task(
     name: str, method: str, *, rank: int, classes: int, layers: Layers = RESNET
 ) -> dict[str, int]:
     """Count what one task adds: factors, norms, head, weights, running statistics."""
-    preset = {"ftn": partial(ftn, rank=rank), "bn_head": bn_head}.get(
-        method, fine_tuning
-    )
+    preset = {
+        "bn_head": bn_head,
+        "ftn": partial(ftn, rank=rank),
+        "fine_tuning": fine_tuning,
+    }[method]
     variables = _variables(name, classes)
     build = partial(make_delta, rules=preset(layers, classes=classes).rules)
     delta = jax.eval_shape(build, jax.random.key(0), variables["params"])

@@ -39,6 +39,7 @@ from ftn_jax.presets import (
 )
 from ftn_jax.pretrained import export_resnet, load_resnet
 from ftn_jax.results import Results
+from ftn_jax.resume import StateFolder
 from ftn_jax.sweep import Contender, slug, sweep
 from ftn_jax.tables import report
 
@@ -71,8 +72,9 @@ class Config:
     """SGD's peak learning rate for norms, heads and fine-tuned weights."""
     limit: int | None = None
     """Use at most so many training and test images of each domain."""
-    seed: int = 0
-    """Seed of the drawings, the pretraining and the adaptation."""
+    seed: int = 2
+    """Seed of the drawings, the pretraining and the adaptation. The recipe was chosen
+    looking at seeds 0 and 1."""
 
     @classmethod
     def tiny(cls) -> "Config":
@@ -114,7 +116,9 @@ def _make(preset: Callable[..., Method], classes: int, **options: Any) -> Method
 
 def pretrained(cfg: Config, model: ResNet, source: Domain) -> Backbone:
     """Train the backbone on the source domain, or read it from the workdir."""
-    path = cfg.workdir / "backbone.safetensors"
+    settings = (cfg.pretrain_epochs, cfg.pretrain_rate, cfg.batch_size, cfg.limit)
+    name = "_".join(map(str, (*settings, cfg.seed)))
+    path = cfg.workdir / f"backbone_{name}.safetensors"
 
     def network(classes: int) -> Apply:
         return from_linen(model.clone(num_classes=classes))
@@ -140,7 +144,8 @@ def pretrained(cfg: Config, model: ResNet, source: Domain) -> Backbone:
         with progress_bar(
             "pretraining", steps=adaptation.steps, batch_size=cfg.batch_size
         ) as on_log:
-            task = adaptation.run(cfg.seed, on_log=on_log).task
+            folder = StateFolder(path.with_suffix(".state"))
+            task = adaptation.run(cfg.seed, folder=folder, on_log=on_log).task
         evaluator = Evaluator(start, classes=source.num_classes, transform=NORMALIZE)
         accuracy = evaluator.score(task, source.test)["accuracy"]
         print(f"backbone: {accuracy:.1%} on {source.name}")
@@ -150,13 +155,14 @@ def pretrained(cfg: Config, model: ResNet, source: Domain) -> Backbone:
             model,
         )
         write_atomic(path, save(weights))
+        folder.clear()
     params, batch_stats = load_resnet(path, model)
     return Backbone(network, params, {"batch_stats": batch_stats}, RESNET)
 
 
 def show_reload(cfg: Config, backbone: Backbone, domain: Domain) -> None:
     """Load a saved task as a user would and compare with what was measured."""
-    name = f"FTN R={cfg.ranks[-1]}"
+    name = list(contenders(cfg))[-2]  # the largest FTN
     folder = cfg.workdir / "tasks" / slug(domain.name) / slug(name) / f"seed{cfg.seed}"
     saved = restore_task(folder, backbone.shared)
     evaluator = Evaluator(
@@ -165,13 +171,15 @@ def show_reload(cfg: Config, backbone: Backbone, domain: Domain) -> None:
         transform=from_description(saved.preprocessing),
     )
     logits = evaluator.outputs(saved.task, domain.test)
-    if sha256(logits.tobytes()).hexdigest() != saved.metadata["test_logits_sha256"]:
-        raise ValueError(f"{folder}: other predictions than before saving")
+    found = sha256(logits.tobytes()).hexdigest()
+    same = found == saved.metadata["test_logits_sha256"]
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(
-        f"{folder} ({size / 1024:.0f} KiB) loaded back: its "
-        f"{logits.size:,} test logits are bit for bit those from before saving"
+    verdict = (
+        "are bit for bit those from before saving"
+        if same
+        else "are NOT those from before saving (another machine, or another jax?)"
     )
+    print(f"{folder} ({size / 1024:.0f} KiB) loaded back: its logits {verdict}")
 
 
 def main(cfg: Config) -> Results:

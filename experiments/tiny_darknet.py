@@ -215,8 +215,11 @@ def main(cfg: Config) -> Results:
 
 
 def _domains(cfg: Config) -> list[Domain]:
-    paths = find_domains(cfg.data, cfg.domains or None).values() if cfg.data else ()
-    domains = [load_domain(path) for path in paths] or [load_digits()]
+    if cfg.data is None:
+        domains = [load_digits()]
+    else:
+        paths = find_domains(cfg.data, cfg.domains or None).values()
+        domains = [load_domain(path) for path in paths]
     return [d.limited(train=cfg.max_train, test=cfg.max_test) for d in domains]
 
 

@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Key
 
+from ftn_jax.core import fold_in_name, path_name
+
 
 @runtime_checkable
 class Apply(Protocol):
@@ -62,7 +64,9 @@ def from_linen(
         variables = {"params": params, **model_state}
         if not train:
             return model.apply(variables, batch[inputs], **options[False]), model_state
-        streams = {} if key is None else dict.fromkeys(rngs, key)
+        streams = {}
+        if key is not None:
+            streams = {name: fold_in_name(key, name) for name in rngs}
         outputs, mutated = model.apply(
             variables,
             batch[inputs],
@@ -80,6 +84,8 @@ def from_nnx(graphdef: Any, *, inputs: str = "image") -> Apply:
 
     The split's second part, the parameters, is `shared`; its third, everything else,
     is `model_state`. `model.train()` and `model.eval()` switch BatchNorm and dropout.
+    Random streams are drawn afresh from `key` in every training call; those in
+    `model_state` stay as they are.
 
     Args:
         graphdef: the split's first part.
@@ -96,10 +102,20 @@ def from_nnx(graphdef: Any, *, inputs: str = "image") -> Apply:
     ) -> tuple[Any, Any]:
         from flax import nnx
 
+        def fresh(path: Any, x: Any) -> Any:
+            if key is None or not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return x
+            return fold_in_name(key, path_name(path))
+
         # A rebuilt state: NNX refuses to write to one that an outer trace made.
-        model = nnx.merge(graphdef, params, jax.tree.map(lambda x: x, model_state))
+        state = jax.tree_util.tree_map_with_path(fresh, model_state)
+        model = nnx.merge(graphdef, params, state)
         model.train() if train else model.eval()
         outputs = model(batch[inputs])
-        return outputs, nnx.split(model, nnx.Param, ...)[2] if train else model_state
+        if not train:
+            return outputs, model_state
+        new: Any = nnx.split(model, nnx.Param, nnx.RngState, ...)[3]
+        streams: Any = nnx.filter_state(model_state, nnx.RngState)
+        return outputs, nnx.merge_state(new, streams)
 
     return apply

@@ -88,7 +88,8 @@ def save_task(
 
     Raises:
         OSError: if the folder cannot be written; an older task in it is untouched.
-        ValueError: if the task holds NaN or infinity (names the tensor).
+        ValueError: if the task holds NaN or infinity (names the tensor), or
+            something to be written as JSON cannot be.
     """
     directory = Path(directory)
     tensors: dict[str, np.ndarray] = {}
@@ -105,6 +106,7 @@ def save_task(
         }
         for path, node in iter_nodes(task.delta)
     ]
+    replaced = [p for p, n in iter_nodes(task.delta) if not n.reads_weight]
     keys: dict[str, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(task.model_state):
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -136,9 +138,16 @@ def save_task(
         },
         "nodes": nodes,
         "keys": keys,
-        "shared": fingerprint(shared),
+        # A leaf that the task replaces need not be the same elsewhere.
+        "shared": fingerprint(shared) | dict.fromkeys(replaced),
     }
-    text = json.dumps(manifest, indent=1, allow_nan=False)
+    try:
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: metadata, preprocessing or a node's static field holds what JSON "
+            f"cannot: {error}"
+        ) from error
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / manifest["tensors"]["file"], content)
     write_atomic(directory / "manifest.json", text.encode())
@@ -163,7 +172,8 @@ def restore_task(
         FileNotFoundError: if there is no task in the folder.
         TaskFileError: if the files are damaged or incomplete, were written by a newer
             release, hold an unknown node type, or belong to another backbone (names
-            the first leaf that differs).
+            the first leaf that differs; leaves that the task replaces may differ).
+        ValueError: if a tensor is of 64 bits and JAX is not set to use them.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -174,7 +184,7 @@ def restore_task(
         lambda path, _: nodes.pop(path_name(path), None), shared
     )
     saved = {
-        k.removeprefix("model_state/"): jax.numpy.asarray(tensors.pop(k))
+        k.removeprefix("model_state/"): _to_device(k, tensors.pop(k))
         for k in list(tensors)
         if k.startswith("model_state/")
     }
@@ -217,7 +227,14 @@ def _load(tensors: dict[str, np.ndarray], structure: Any) -> Any:
         return tuple(_load(tensors, x) for x in structure)
     if isinstance(structure, dict):
         return {k: _load(tensors, x) for k, x in structure.items()}
-    return jax.numpy.asarray(tensors.pop(structure))
+    return _to_device(structure, tensors.pop(structure))
+
+
+def _to_device(name: str, x: np.ndarray) -> jax.Array:
+    array = jax.numpy.asarray(x)
+    if array.dtype != x.dtype:
+        raise ValueError(f"{name} is {x.dtype}: set jax_enable_x64 to load it")
+    return array
 
 
 def _frozen(value: Any) -> Any:
@@ -225,10 +242,13 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _check_backbone(directory: Path, expected: dict[str, str], shared: Any) -> None:
-    found = fingerprint(shared)
+def _check_backbone(
+    directory: Path, expected: dict[str, str | None], shared: Any
+) -> None:
+    found: dict[str, str | None] = {**fingerprint(shared)}
+    found |= {p: None for p in expected if expected[p] is None and p in found}
     for path in [*expected, *(p for p in found if p not in expected)]:
-        if expected.get(path) != found.get(path):
+        if (path in expected, expected.get(path)) != (path in found, found.get(path)):
             why = (
                 "the task's backbone has no such leaf"
                 if path not in expected

@@ -60,12 +60,15 @@ class Node:
     Attributes:
         group: which optimizer trains the node's arrays; declare it as a `static()`
             field to let each instance choose.
+        reads_weight: whether `merge` depends on the weight's values; if not, a task
+            file opens on a backbone that differs in that leaf alone.
         types: every node type by name.
         data_fields: names of the fields that hold arrays.
         static_fields: names of the fields that hold configuration.
     """
 
     group: str = "factors"
+    reads_weight: ClassVar[bool] = True
     types: ClassVar[dict[str, type["Node"]]] = {}
     data_fields: ClassVar[tuple[str, ...]] = ()
     static_fields: ClassVar[tuple[str, ...]] = ()
@@ -138,9 +141,9 @@ def make_delta(key: Key[Array, ""], shared: Any, rules: Rules) -> Any:
     for path, w, patterns in zip(paths, leaves, hits, strict=True):
         init = rules[patterns[0]] if patterns else None
         with _at(path):
-            # One key for each path, by a hash that is the same in every process.
-            node_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            nodes.append(None if init is None else init(node_key, w))
+            if init and not jax.numpy.issubdtype(w.dtype, jax.numpy.inexact):
+                raise ValueError(f"a node needs a float weight, found {w.dtype}")
+            nodes.append(None if init is None else init(fold_in_name(key, path), w))
     return treedef.unflatten(nodes)
 
 
@@ -203,6 +206,11 @@ def iter_nodes(delta: Any) -> Iterator[tuple[str, Node]]:
                 f"{type(node).__name__}"
             )
         yield path_name(path), node
+
+
+def fold_in_name(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+    """Derive a key by a hash of `name` that is the same in every process."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

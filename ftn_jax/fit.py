@@ -10,6 +10,11 @@ from typing import Any
 from ftn_jax import metrics
 from ftn_jax.train import TaskState, TrainStep
 
+_NOT_FINITE = (
+    "the loss or its gradient is not finite after step {}; the last good state is "
+    "kept. Lower the learning rates, clip the gradient, or look at the input"
+)
+
 OnLog = Callable[[int, dict[str, float]], None]
 
 
@@ -60,6 +65,8 @@ def fit(
         ValueError: if the batches end before `steps`.
     """
     done = int(state.step)
+    if not state.finite:  # as it was saved when it failed
+        raise NonFiniteLoss(_NOT_FINITE.format(done), state)
     if done >= steps:
         return state
     window: dict[str, Any] | None = None
@@ -102,12 +109,7 @@ def _check_finite(
         return
     if save:
         save(state)
-    raise NonFiniteLoss(
-        f"the loss or its gradient is not finite after step {int(state.step)}; the "
-        "last good state is kept. Lower the learning rates, clip the gradient, or "
-        "look at the input",
-        state,
-    )
+    raise NonFiniteLoss(_NOT_FINITE.format(int(state.step)), state)
 
 
 @contextmanager

@@ -18,12 +18,12 @@ class Layers(NamedTuple):
 
     Attributes:
         kernels: the kernels that carry factors.
-        norms: scale and bias of every BatchNorm.
+        norms: scale and bias of every BatchNorm; `None` for a network without.
         head: kernel and bias of the last layer, classes on the last axis.
     """
 
     kernels: str
-    norms: str
+    norms: str | None
     head: str
 
 
@@ -110,6 +110,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def _norms(layers: Layers) -> dict[str, Any]:
+    if layers.norms is None:
+        return {}
     return {layers.norms: partial(Replace.init, group="norm")}
 
 

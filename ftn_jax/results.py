@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,13 @@ class Row:
         task_params: parameters that the task adds, without its head.
         shared_params: parameters of the backbone, without its head.
         steps: optimizer steps.
-        seconds: of training.
+        seconds: wall-clock of the training that counted, compilation included; of the
+            part after the last resume if it was interrupted.
         by_group: the task's parameters by optimizer group, head included.
         details: anything else, for example the rates chosen on validation data.
+        inputs: digest of the backbone and of the task's examples.
+        commit: of this library, with a + if it had changes; as it was for this row.
+        device: that the row was measured on.
     """
 
     method: str
@@ -45,10 +50,17 @@ class Row:
     seconds: float
     by_group: dict[str, int]
     details: dict[str, Any]
+    inputs: str
+    commit: str = field(default_factory=lambda: _commit())
+    device: str = field(default_factory=lambda: _device())
 
 
 class Results:
-    """The rows of one workdir, in `results.json`; every `add` reaches the disk."""
+    """The rows of one workdir, in `results.json`; every `add` reaches the disk.
+
+    Several processes may share a workdir, each with rows of its own (other seeds, other
+    domains): adding a row keeps what the others added.
+    """
 
     def __init__(
         self,
@@ -78,7 +90,7 @@ class Results:
             "experiment": experiment,
             "commit": _commit(),
             "versions": {name: version(name) for name in PACKAGES},
-            "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+            "device": _device(),
             "config": config,
         }
         self.rows: list[Row] = []
@@ -100,10 +112,20 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
-    def find(self, method: str, task: str, seed: int) -> Row | None:
-        """Return the finished row, if there is one."""
+    def find(self, method: str, task: str, seed: int, *, inputs: str) -> Row | None:
+        """Return the finished row, if there is one.
+
+        Raises:
+            ValueError: if it was measured on another backbone or other data of that
+                name.
+        """
         for row in self.rows:
             if (row.method, row.task, row.seed) == (method, task, seed):
+                if row.inputs != inputs:
+                    raise ValueError(
+                        f"{self.path} holds {task} / {method} measured with another "
+                        "backbone or other data of that name; choose another --workdir"
+                    )
                 return row
         return None
 
@@ -113,8 +135,17 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        content = self._head | {"rows": [asdict(row) for row in self.rows]}
-        write_atomic(self.path, json.dumps(content, indent=1).encode())
+        from filelock import FileLock
+
+        with FileLock(self.path.with_name(".results.lock")):
+            if self.path.exists():
+                known = {(r.method, r.task, r.seed) for r in self.rows}
+                others = [Row(**row) for row in _read(self.path)["rows"]]
+                self.rows += [
+                    r for r in others if (r.method, r.task, r.seed) not in known
+                ]
+            content = self._head | {"rows": [asdict(row) for row in self.rows]}
+            write_atomic(self.path, json.dumps(content, indent=1).encode())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -129,12 +160,22 @@ def _read(path: Path) -> dict[str, Any]:
     return old
 
 
+def _device() -> str:
+    return f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+
+
+@cache
 def _commit() -> str:
     """Name the commit that runs, with a + if the tree has changes."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+
+    def git(*args: str) -> str:
+        here = ["git", "-C", str(Path(__file__).parent)]
+        return subprocess.check_output(
+            [*here, *args], text=True, stderr=subprocess.DEVNULL
+        ).strip()
+
     try:
-        return subprocess.run(
-            git, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty=+")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"  # installed from a wheel, or no git

@@ -27,11 +27,12 @@ class StateFolder:
         self.keep = keep
 
     def save(self, state: TaskState) -> None:
-        """Write the state; one of the same step is there already or not at all."""
+        """Write the state in place of one of the same step."""
         with self._manager() as manager:
             step = int(state.step)
-            if step not in manager.all_steps():
-                manager.save(step, args=_standard_save(state))
+            if step in manager.all_steps():
+                manager.delete(step)  # it may have been saved before it failed
+            manager.save(step, args=_standard_save(state))
 
     def restore(self, like: TaskState) -> TaskState | None:
         """Read the last state back into `like`'s structure; `None` if there is none.

@@ -1,9 +1,11 @@
 """Fill an experiment's table: every domain by every method with every seed."""
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 
 from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe, score
-from ftn_jax.checkpoint import save_task
+from ftn_jax.checkpoint import fingerprint, save_task
 from ftn_jax.command import progress_bar
 from ftn_jax.core import count, path_name
-from ftn_jax.data import Domain, Source, Transform, describe, split
+from ftn_jax.data import Domain, Source, Transform, describe, digest, split
 from ftn_jax.fit import NonFiniteLoss
 from ftn_jax.presets import Layers, Method
 from ftn_jax.results import Results, Row
@@ -76,7 +78,9 @@ def sweep(
         workdir: the experiment's folder.
 
     Raises:
-        ValueError: if a contender has several candidate rates and no validation data.
+        ValueError: if a contender has several candidate rates and no validation data,
+            two names would share a folder, the evaluation transform cannot be written
+            down, or `results` holds a row of another backbone or of other data.
         NonFiniteLoss: if no candidate of a row trains to the end.
     """
     for name, contender in contenders.items():
@@ -85,7 +89,12 @@ def sweep(
                 f"{name} has {len(contender.rates)} candidate rates; choosing needs "
                 "validation data: set the validation share above 0"
             )
+    _check_folders([d.name for d in domains] + [r.task for r in results.rows])
+    _check_folders([*contenders, *(r.method for r in results.rows)])
+    preprocessing = describe(eval_transform)  # complains before, not after training
+    network = "".join(fingerprint(backbone.shared).values())
     for domain in domains:
+        inputs = _short(network, digest(domain.train), digest(domain.test))
         evaluator = Evaluator(
             backbone, classes=domain.num_classes, transform=eval_transform
         )
@@ -93,35 +102,49 @@ def sweep(
         if validation:
             train, held_out = split(domain.train, validation, seed=0)
         for name, contender in contenders.items():
-            todo = [s for s in seeds if not results.find(name, domain.name, s)]
+            find = partial(results.find, name, domain.name, inputs=inputs)
+            todo = [seed for seed in seeds if not find(seed)]
             if not todo:
                 continue
             method = contender.method(domain.num_classes)
-            chosen = _chosen(results, name, domain.name)
-            candidates = {
-                n: Adaptation(
+            candidates = [
+                Adaptation(
                     backbone,
                     method,
                     replace(recipe, rates=rates),
                     train,
                     transform=train_transform,
                 )
-                for n, rates in enumerate(chosen or contender.rates)
-            }
+                for rates in _chosen(results, name, domain.name) or contender.rates
+            ]
             for seed in todo:
-                place = Path(slug(domain.name)) / slug(name) / f"seed{seed}"
+                place = Path(slug(domain.name), slug(name), f"seed{seed}")
                 best = _train(
                     candidates,
                     seed=seed,
                     title=f"{domain.name} / {name} / seed {seed}",
                     evaluator=evaluator,
                     held_out=held_out,
-                    folder=workdir / "state" / place,
+                    folder=workdir / "state" / place / inputs,
                 )
                 task = best.state.task
                 logits = evaluator.outputs(task, domain.test)
                 test = score(logits, domain.test)
                 parts = count(task.delta).by_group
+                save_task(
+                    workdir / "tasks" / place,
+                    task,
+                    shared=backbone.shared,
+                    name=domain.name,
+                    class_names=domain.class_names,
+                    preprocessing=preprocessing,
+                    metadata={
+                        "method": name,
+                        "seed": seed,
+                        "accuracy": test["accuracy"],
+                        "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
+                    },
+                )
                 row = Row(
                     method=name,
                     task=domain.name,
@@ -135,41 +158,27 @@ def sweep(
                     by_group=parts,
                     details={
                         "rates": best.rates,
+                        "candidates": len(candidates),
                         "validation": best.validation,
                         "test_loss": test["loss"],
                         "train_examples": len(train),
                         "test_examples": len(domain.test),
                     },
-                )
-                save_task(
-                    workdir / "tasks" / place,
-                    task,
-                    shared=backbone.shared,
-                    name=domain.name,
-                    class_names=domain.class_names,
-                    preprocessing=describe(eval_transform),
-                    metadata={
-                        "method": name,
-                        "seed": seed,
-                        "accuracy": row.value,
-                        "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
-                    },
+                    inputs=inputs,
                 )
                 results.add(row)
-                StateFolder(workdir / "state" / place).clear()
+                shutil.rmtree(workdir / "state" / place, ignore_errors=True)
                 print(
                     f"{domain.name:>20}  {name:<24} seed {seed}  "
                     f"{100 * row.value:5.1f} %  {row.seconds:6.1f} s",
                     flush=True,
                 )
                 # Later seeds train with what validation chose for the first.
-                candidates = {
-                    n: c for n, c in candidates.items() if c.recipe.rates == best.rates
-                }
+                candidates = [c for c in candidates if c.recipe.rates == best.rates]
 
 
 def _train(
-    candidates: Mapping[int, Adaptation],
+    candidates: Sequence[Adaptation],
     *,
     seed: int,
     title: str,
@@ -180,8 +189,10 @@ def _train(
     """Train every candidate; keep the one that does best on the held-out data."""
     best: _Trained | None = None
     failure: NonFiniteLoss | None = None
-    for n, adaptation in candidates.items():
-        states = StateFolder(folder / f"candidate{n}")
+    for adaptation in candidates:
+        rates = dict(adaptation.recipe.rates)
+        # Named by what it is: the list of candidates may differ in the next run.
+        states = StateFolder(folder / _short(sorted(rates.items())))
         start = time.perf_counter()
         try:
             with progress_bar(
@@ -197,7 +208,6 @@ def _train(
         if len(candidates) > 1:
             states.save(state)  # if a later candidate is interrupted, this one is done
         if best is None or _better(validation, best.validation):
-            rates = dict(adaptation.recipe.rates)
             best = _Trained(state, rates, validation, seconds, adaptation.steps)
     if best is None:
         assert failure is not None
@@ -228,6 +238,26 @@ def backbone_size(shared: Any, layers: Layers) -> int:
     )
 
 
+def _check_folders(names: Sequence[str]) -> None:
+    """Refuse names that would share a folder."""
+    taken: dict[str, str] = {}
+    for name in names:
+        if taken.setdefault(slug(name), name) != name:
+            raise ValueError(
+                f"{taken[slug(name)]!r} and {name!r} would share the folder "
+                f"{slug(name)!r}; rename one"
+            )
+
+
 def slug(name: str) -> str:
-    """Make a file name of a label: `"FTN R=10"` becomes `"ftn_r_10"`."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    """Make a file name of a label: `"FTN R=10"` becomes `"ftn_r_10"`.
+
+    Where more than spaces and signs is lost (`a-b`), a hash of the label follows.
+    """
+    plain = re.sub(r"\W+", "_", name.lower()).strip("_")
+    spoken = re.sub(r"[ =,+]+", "_", name.lower())
+    return plain if plain == spoken != "" else f"{plain}-{_short(name)}"
+
+
+def _short(*parts: Any) -> str:
+    return sha256(repr(parts).encode()).hexdigest()[:12]

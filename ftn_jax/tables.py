@@ -20,8 +20,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """Lay rows out as the papers do: one line for each method, the smallest first.
 
     Accuracies are in percent, mean and (for more than one seed) standard deviation
-    over seeds; the last column is the mean over tasks. Parameters are the task's
-    factors and norms (or weights), heads left out, as the papers count them.
+    over seeds; the last column is the mean over tasks, for the seeds that have all of
+    them. Parameters are the task's factors and norms (or weights), heads and running
+    statistics left out, as the papers count them.
     """
     methods, tasks = _names(rows)
     lines = [
@@ -32,13 +33,14 @@ def markdown_table(rows: Sequence[Row]) -> str:
     ]
     for method in methods:
         own = [row for row in rows if row.method == method]
-        cells, means = [], []
-        for task in tasks:
-            values = [100 * row.value for row in own if row.task == task]
-            cells.append(_spread(values))
-            means.extend([statistics.mean(values)] if values else [])
+        cells = [
+            _spread([100 * row.value for row in own if row.task == task])
+            for task in tasks
+        ]
+        by_seed = [[r.value for r in own if r.seed == s] for s in {r.seed for r in own}]
+        complete = [v for v in by_seed if len(v) == len(tasks)]
+        mean = _spread([100 * statistics.mean(values) for values in complete])
         params = own[0].task_params
-        mean = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else "–"
         lines.append(
             f"| {method} | {params:,} | {params / own[0].shared_params:.1%} | "
             + " | ".join([*cells, mean])

@@ -1,13 +1,13 @@
 """Train one task: a pure step that differentiates the delta and nothing else."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from ftn_jax.apply import Apply
 from ftn_jax.core import materialize, register
@@ -38,12 +38,15 @@ class TaskState:
         task: what is being trained.
         opt_state: the optimizer's state, for the delta alone.
         key: source of dropout keys.
+        finite: whether every step so far was; once one was not, the state stays as it
+            was before that step.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array, "..."]
     task: Task
     opt_state: Any
-    key: Key[Array, ""]
+    key: Key[Array, "..."]
+    finite: Bool[Array, "..."]
 
     @classmethod
     def create(
@@ -60,11 +63,12 @@ class TaskState:
         start from the same pretrained statistics.
         """
         task, key = jax.tree.map(jnp.copy, (Task(delta, model_state), key))
-        return cls(jnp.zeros((), jnp.int32), task, tx.init(task.delta), key)
+        step, finite = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+        return cls(step, task, tx.init(task.delta), key, finite)
 
 
 register(Task, ("delta", "model_state"), ())
-register(TaskState, ("step", "task", "opt_state", "key"), ())
+register(TaskState, ("step", "task", "opt_state", "key", "finite"), ())
 
 
 @runtime_checkable
@@ -94,8 +98,8 @@ def make_train_step(
     The step is pure and not jitted: wrap it in `jax.jit(step, donate_argnums=1)`, in
     `jax.vmap` over stacked states, or in `jax.pmap` / `jax.shard_map` with
     `axis_name`. Only `state.task.delta` is differentiated and only `state` is
-    replaced. A step whose loss or gradient is not finite changes nothing and reports
-    `sums["nonfinite"] = 1`.
+    replaced. A step whose loss or gradient is not finite reports
+    `sums["nonfinite"] = 1` and, like every step after it, changes nothing.
 
     Args:
         apply: the network, see `ftn_jax.apply`.
@@ -142,7 +146,7 @@ def make_train_step(
         if axis_name is not None:
             # Per-device gradients, summed below in one place: without this,
             # shard_map would sum those of a replicated delta by itself.
-            delta, model_state, key = _varying((delta, model_state, key), axis_name)
+            delta, model_state = _varying((delta, model_state), axis_name)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate == 1:
             grads, (sums, model_state) = gradient(
@@ -155,7 +159,7 @@ def make_train_step(
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
             model_state = _pmean(model_state, axis_name)
-        count = jnp.maximum(sums["count"], 1)
+        count = jnp.where(sums["count"] > 0, sums["count"], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.task.delta)
         new = TaskState(
@@ -163,10 +167,12 @@ def make_train_step(
             task=Task(optax.apply_updates(state.task.delta, updates), model_state),
             opt_state=opt_state,
             key=state.key,
+            finite=state.finite,
         )
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(optax.tree.norm(grads))
+        finite = finite & state.finite
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        return new, {**sums, "nonfinite": 1.0 - finite}
+        return replace(new, finite=finite), {**sums, "nonfinite": 1.0 - finite}
 
     return step
 
@@ -222,7 +228,10 @@ def _accumulated(
         raise ValueError(
             f"a batch of {sorted(size)} examples has no {parts} equal parts"
         )
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    # Every parts-th example: each part of a sharded batch is sharded alike.
+    split = jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
     def body(carry: Any, xs: Any) -> tuple[Any, Sums]:
         grads, model_state = carry
@@ -255,7 +264,14 @@ def _like(tree: Any, old: Any) -> Any:
 
 
 def _varying(tree: Any, axis_name: str) -> Any:
-    return jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), tree)
+    return jax.tree.map(
+        lambda x: (
+            jax.lax.pcast(x, axis_name, to="varying")
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x
+        ),
+        tree,
+    )
 
 
 def _pmean(tree: Any, axis_name: str) -> Any:

@@ -6,9 +6,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from toy import RATES, batch
 
 from ftn_jax import (
@@ -112,6 +115,42 @@ def test_nnx_model_trains_evaluates_and_comes_back_from_disk(tmp_path):
     save_task(tmp_path, state.task, shared=shared, name="nnx")
     saved = restore_task(tmp_path, shared, model_state=model_state)
     chex.assert_trees_all_equal(evaluate(shared, saved.task, data), logits)
+
+
+def test_nnx_dropout_follows_the_key_and_runs_under_shard_map():
+    graphdef, shared, model_state = nnx.split(NNXNet(nnx.Rngs(0)), nnx.Param, ...)
+    apply, data = from_nnx(graphdef), batch(16)
+    calls = [
+        apply(shared, model_state, data, train=True, key=jax.random.key(n))
+        for n in (1, 1, 2)
+    ]
+    chex.assert_trees_all_equal(calls[0], calls[1])
+    assert jnp.abs(calls[0][0] - calls[2][0]).max() > 1e-3
+    tx = optax.sgd(0.1)
+    delta = make_delta(jax.random.key(1), shared, {"head/kernel": Replace.init})
+    state = TaskState.create(delta, model_state, tx=tx, key=jax.random.key(2))
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    step = jax.shard_map(
+        make_train_step(apply, tx, axis_name="data"),
+        mesh=mesh,
+        in_specs=(P(), P(), P("data")),
+        out_specs=(P(), P()),
+    )
+    data = jax.device_put(data, NamedSharding(mesh, P("data")))
+    new, sums = jax.jit(step)(shared, state, data)
+    assert sums["count"] == 16 and new.finite
+
+
+def test_linen_streams_do_not_share_their_numbers():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            a, b = self.make_rng("dropout"), self.make_rng("drop_path")
+            return jnp.stack([jax.random.normal(a), jax.random.normal(b)])
+
+    apply = from_linen(Two(), rngs=("dropout", "drop_path"))
+    (a, b), _ = apply({}, {}, batch(), train=True, key=jax.random.key(0))
+    assert a != b
 
 
 def test_a_plain_function_will_do():

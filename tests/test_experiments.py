@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,65 @@ def test_validation_chooses_the_rate_and_the_test_set_does_not(tmp_path):
         module.main(replace(cfg, validation=0.0, workdir=tmp_path / "none"))
 
 
+def test_interrupted_candidates_and_other_seeds_in_between(tmp_path, monkeypatch):
+    """A state is found again by what it trains, whatever list it stands in."""
+    module = load("multi_domain")
+    cfg = replace(
+        module.Config.tiny(), methods=("bn_head",), rates=(1e-9, 3e-2, 1e-1), epochs=2
+    )
+    whole = module.main(replace(cfg, workdir=tmp_path / "whole")).rows
+    real, calls = ftn_jax.adapt.fit, []
+
+    def stops_in_the_second(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    stopped = replace(cfg, workdir=tmp_path / "stopped")
+    monkeypatch.setattr(ftn_jax.adapt, "fit", stops_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(stopped)
+    monkeypatch.setattr(ftn_jax.adapt, "fit", real)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "other")
+    (row,) = module.main(stopped).rows
+    assert (row.value, row.details) == (whole[0].value, whole[0].details)
+    # Another seed chooses first; then this one trains with its choice, from the start.
+    rows = module.main(replace(cfg, workdir=tmp_path / "other", seeds=(1, 0))).rows
+    rate = rows[0].details["rates"]["head"]
+    plain = replace(cfg, workdir=tmp_path / "plain", rates=(rate,))
+    (expected,) = module.main(plain).rows
+    assert rows[1].seed == 0 and rows[1].details["rates"]["head"] == rate
+    assert rows[1].details["test_loss"] == expected.details["test_loss"]
+
+
+def test_other_data_under_a_known_name_is_refused(tmp_path):
+    module = load("multi_domain")
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{kind}_{part}": rng.integers(0, high, size).astype(dtype)
+        for part in ("train", "test")
+        for kind, high, size, dtype in (
+            ("x", 255, (40, 16, 16, 3), np.uint8),
+            ("y", 2, (40,), np.int32),
+        )
+    }
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "noise.npz", **arrays)
+    cfg = replace(
+        module.Config.tiny(),
+        data=tmp_path / "data",
+        workdir=tmp_path / "runs",
+        methods=("feature_extractor",),
+    )
+    module.main(cfg)
+    np.savez(
+        tmp_path / "data" / "noise.npz", **arrays | {"y_test": 1 - arrays["y_test"]}
+    )
+    with pytest.raises(ValueError, match="noise / feature extractor measured with"):
+        module.main(cfg)
+
+
 def test_ctrl_c_on_the_command_line(tmp_path):
     args = ("experiments.multi_domain", "--tiny", "--epochs", "100000")
     process = subprocess.Popen(
@@ -146,6 +206,7 @@ def test_ctrl_c_on_the_command_line(tmp_path):
         (["--backbone", "resnet19"], "resnet19: unknown, known are"),
         (["--weights", "absent.pth"], "absent.pth"),
         (["--data", "absent"], "absent"),
+        (["--data", ".ci"], ".ci: no domain, expected"),
         (["--ranks", "0"], "rank must be an integer >= 1, found 0"),
         (["--workdir", "README.md/runs"], "README.md"),
     ],

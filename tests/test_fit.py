@@ -85,8 +85,29 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_state(tmp_path):
             log_every=4,
             save=folder.save,
         )
-    chex.assert_trees_all_equal(caught.value.state, good)
-    chex.assert_trees_all_equal(folder.restore(state), good)
+    for found in (caught.value.state, folder.restore(state)):
+        chex.assert_trees_all_equal(found.task, good.task)
+        chex.assert_trees_all_equal(found.opt_state, good.opt_state)
+        assert int(found.step) == 7 and not found.finite
+
+
+def test_one_bad_batch_stops_every_run_at_the_same_place(tmp_path):
+    shared, state, step = setup()
+
+    def one_bad(start):
+        for n, data in enumerate(batches(start), start):
+            yield {**data, "image": data["image"] * (jnp.nan if n == 5 else 1)}
+
+    good = fit(jax.jit(step), shared, state, one_bad, steps=5)
+    folder, messages = StateFolder(tmp_path / "state"), []
+    for _ in range(2):  # the second run starts from what the first one saved
+        start = folder.restore(state) or state
+        with pytest.raises(NonFiniteLoss) as caught:
+            fit(jax.jit(step), shared, start, one_bad, steps=30, save=folder.save)
+        messages.append(str(caught.value))
+        chex.assert_trees_all_equal(caught.value.state.task, good.task)
+        assert int(caught.value.state.step) == 5
+    assert messages[0] == messages[1]
 
 
 def test_batches_that_end_early_are_an_error():

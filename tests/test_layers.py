@@ -20,7 +20,7 @@ BELOW = {
     "data": ("data",),
     "pretrained": ("pretrained", "models"),
     "metrics": (),
-    "apply": (),
+    "apply": ("core",),
 }
 
 

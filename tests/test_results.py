@@ -1,6 +1,7 @@
 """Results files, tables and pictures."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,7 @@ def row(method="FTN R=1", task="a", seed=0, value=0.5, params=30):
         seconds=1.5,
         by_group={"factors": params, "head": 5},
         details={"rates": {"factors": 0.1}},
+        inputs="abc",
     )
 
 
@@ -38,8 +40,25 @@ def test_every_row_reaches_the_disk_and_comes_back(tmp_path):
     results.add(row(seed=1))
     again = open_results(tmp_path, rate=0.1, seeds=(0, 1, 2))
     assert again.rows == [row(), row(seed=1)]
-    assert again.find("FTN R=1", "a", 1) == row(seed=1)
-    assert again.find("FTN R=1", "a", 2) is None
+    assert again.find("FTN R=1", "a", 1, inputs="abc") == row(seed=1)
+    assert again.find("FTN R=1", "a", 2, inputs="abc") is None
+    with pytest.raises(ValueError, match="a / FTN R=1 measured with another backbone"):
+        again.find("FTN R=1", "a", 1, inputs="other")
+
+
+def test_two_processes_keep_each_others_rows(tmp_path):
+    one, two = open_results(tmp_path), open_results(tmp_path)
+    one.add(row(seed=0))
+    two.add(row(seed=1))
+    one.add(row(seed=2))
+    on_disk = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert sorted(r["seed"] for r in on_disk) == [0, 1, 2]
+
+
+def test_rows_keep_where_they_came_from(tmp_path):
+    open_results(tmp_path).add(replace(row(), commit="old", device="other"))
+    again = open_results(tmp_path)
+    assert (again.rows[0].commit, again.rows[0].device) == ("old", "other")
 
 
 def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path):
@@ -71,13 +90,15 @@ def test_table_gives_mean_std_and_leaves_gaps_open():
         row(value=0.5),
         row(value=0.7, seed=1),
         row(task="b", value=0.9),
+        row(task="b", value=0.9, seed=1),
         row(method="fine-tuning", params=1000, value=0.8),
+        row(method="fine-tuning", params=1000, value=0.8, seed=1, task="b"),
     ]
     assert markdown_table(rows) == (
         "| method | params per task | share of backbone | a | b | mean |\n"
         "|---|--:|--:|--:|--:|--:|\n"
-        "| FTN R=1 | 30 | 3.0% | 60.0 ± 14.1 | 90.0 | 75.0 |\n"
-        "| fine-tuning | 1,000 | 100.0% | 80.0 | – | – |\n"
+        "| FTN R=1 | 30 | 3.0% | 60.0 ± 14.1 | 90.0 ± 0.0 | 75.0 ± 7.1 |\n"
+        "| fine-tuning | 1,000 | 100.0% | 80.0 | 80.0 | – |\n"
     )
 
 
@@ -98,4 +119,7 @@ def test_picture_of_incomplete_rows(tmp_path):
 
 def test_slug():
     assert slug("FTN R=10, taps") == "ftn_r_10_taps"
-    assert slug("../../etc") == "etc"
+    assert slug("gtsrb") == "gtsrb" and slug("数字") == "数字"
+    names = ["a-b", "a b", "a_b", "A_b", "../../etc", "etc", "..", ""]
+    assert len({slug(name) for name in names}) >= len(names) - 2  # case, space
+    assert not any("/" in slug(name) or "." in slug(name) for name in names)

@@ -1,12 +1,14 @@
 """The training step: what it trains, what it leaves alone, where it runs."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy import RATES, Net, batch, setup
 
@@ -169,9 +171,7 @@ def test_dropout_differs_by_step_and_repeats_by_key():
     shared, state, step = setup(model=Net(dropout=0.5))
     first, a = step(shared, state, batch())
     _, again = step(shared, state, batch())
-    _, b = step(
-        shared, TaskState(first.step, state.task, state.opt_state, state.key), batch()
-    )
+    _, b = step(shared, replace(state, step=first.step), batch())
     assert a["loss"] == again["loss"] != b["loss"]
 
 
@@ -183,8 +183,40 @@ def test_nonfinite_step_changes_nothing_and_says_so():
     chex.assert_trees_all_equal(new.task, state.task)
     chex.assert_trees_all_equal(new.opt_state, state.opt_state)
     assert int(new.step) == int(state.step)
+    again, sums = jax.jit(step)(shared, new, batch())
+    assert sums["nonfinite"] == 1  # a good batch after a bad one changes nothing
+    chex.assert_trees_all_equal(again.task, state.task)
     good, sums = jax.jit(step)(shared, state, batch())
     assert sums["nonfinite"] == 0 and int(good.step) == 1
+
+
+def test_weighted_examples_keep_the_mean():
+    """Masks may be weights: only their ratios matter."""
+    shared, state, step = setup(tx=optax.sgd(1.0), frozen_stats=True)
+    whole, _ = step(shared, state, {**batch(), "mask": jnp.ones(8)})
+    light, _ = step(shared, state, {**batch(), "mask": jnp.full(8, 0.01)})
+    chex.assert_trees_all_close(whole.task.delta, light.task.delta, atol=1e-5)
+    assert distance(whole.task.delta, state.task.delta) > 1e-2
+
+
+def test_accumulation_keeps_a_sharded_batch_sharded():
+    mesh = jax.make_mesh(
+        (2,), ("data",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,)
+    )
+    tx = optax.sgd(1.0)
+    shared, state, single = setup(tx=tx, frozen_stats=True)
+    _, _, step = setup(tx=tx, frozen_stats=True, accumulate=2)
+    data = jax.device_put(batch(16), NamedSharding(mesh, P("data")))
+    shared, start = jax.device_put((shared, state), NamedSharding(mesh, P()))
+    compiled = jax.jit(step).lower(shared, start, data).compile()
+    found, _ = compiled(shared, start, data)
+    expected, _ = single(jax.device_get(shared), state, batch(16))
+    chex.assert_trees_all_close(
+        jax.device_get(found.task), jax.device_get(expected.task), atol=1e-5
+    )
+    text = compiled.as_text()
+    assert "f32[4,8,8,3]" in text  # a device's half of a part of 8
+    assert "collective-permute" not in text and "all-to-all" not in text
 
 
 def test_vmap_over_tasks_equals_a_loop():

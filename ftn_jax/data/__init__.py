@@ -14,7 +14,9 @@ from ftn_jax.data.domain import (
     Source,
     Split,
     Subset,
+    digest,
     limit,
+    sample,
     split,
 )
 from ftn_jax.data.folders import FolderSource, load_folder
@@ -69,6 +71,7 @@ __all__ = [
     "ToRGB",
     "Transform",
     "describe",
+    "digest",
     "eval_batches",
     "find_domains",
     "from_description",
@@ -78,6 +81,7 @@ __all__ = [
     "load_folder",
     "load_npz",
     "prefetch",
+    "sample",
     "split",
     "steps_per_epoch",
     "train_batches",

@@ -1,5 +1,6 @@
 """What a classification data set is: sources of examples, domains, and their parts."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -158,12 +159,17 @@ class Domain:
         return len(self.class_names)
 
     def limited(self, *, train: int | None = None, test: int | None = None) -> "Domain":
-        """Keep at most so many training and test examples, balanced over classes."""
-        return replace(
-            self,
-            train=limit(self.train, train, seed=0) if train else self.train,
-            test=limit(self.test, test, seed=0) if test else self.test,
-        )
+        """Keep at most so many examples.
+
+        Training examples are balanced over classes; test examples are drawn at
+        random, so that accuracy on them estimates accuracy on all.
+        """
+        changed = {}
+        if train is not None:
+            changed["train"] = limit(self.train, train, seed=0)
+        if test is not None:
+            changed["test"] = sample(self.test, test, seed=0)
+        return replace(self, **changed)
 
 
 class Split(NamedTuple):
@@ -238,3 +244,27 @@ def limit(source: Source, n: int, *, seed: int) -> Source:
     order = _shuffle_by_class(source.labels, seed=seed)
     kept = order.indices[np.argsort(order.rank, kind="stable")[:n]]
     return Subset(source, np.sort(kept))
+
+
+def sample(source: Source, n: int, *, seed: int) -> Source:
+    """Draw at most `n` examples at random, whatever their classes.
+
+    Raises:
+        ValueError: where `n` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n: found {n}, expected at least 1")
+    if n >= len(source):
+        return source
+    order = np.random.default_rng(seed).permutation(len(source))
+    return Subset(source, np.sort(order[:n]))
+
+
+def digest(source: Source) -> str:
+    """Hash a source: all its labels, and 16 images spread over it."""
+    labels = np.ascontiguousarray(source.labels, np.int32)
+    seen = hashlib.sha256(labels.tobytes())
+    for index in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
+        image = np.ascontiguousarray(source[int(index)].image)
+        seen.update(f"{image.shape}{image.dtype}".encode() + image.tobytes())
+    return seen.hexdigest()

@@ -145,14 +145,16 @@ def _undecodable(paths: Sequence[Path]) -> list[Path]:
 
 def _decode(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError(
             "image folders need Pillow: pip install 'ftn_jax[experiments]'"
         ) from error
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            if image.mode[0] in "IF":  # converting 16 or 32 bits would clip them
+                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     # Decoders meet damage with errors of nearly any kind.
     except Exception as error:
         raise ValueError(

@@ -103,7 +103,7 @@ def find_domains(
         names: domains to give, in this order; `None` gives all, sorted.
 
     Raises:
-        FileNotFoundError: where `data_dir` or a name is absent.
+        FileNotFoundError: where `data_dir` or a name is absent, or it holds no domain.
         ValueError: where a file and a folder have one name.
     """
     data_dir = Path(data_dir)
@@ -117,6 +117,11 @@ def find_domains(
         if name in found:
             raise ValueError(f"{found[name]} and {path} have one name; rename one")
         found[name] = path
+    if not found:
+        raise FileNotFoundError(
+            f"{data_dir}: no domain, expected .npz files with x_train ... y_test or "
+            "folders with train/CLASS/*.jpg"
+        )
     if names is None:
         return dict(sorted(found.items()))
     names = list(names)

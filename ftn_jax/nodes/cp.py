@@ -116,7 +116,11 @@ class CP(Node):
         whole = isinstance(rank, (int, np.integer)) and not isinstance(rank, bool)
         if not whole or rank < 1:
             raise ValueError(f"rank must be an integer >= 1, found {rank!r}")
-        spans = _default_axes(w.ndim) if axes is None else tuple(map(tuple, axes))
+        spans = (
+            _default_axes(w.ndim)
+            if axes is None
+            else tuple(tuple(int(a) for a in span) for span in axes)
+        )
         _check_axes(spans, w.ndim)
         many = len(spans) >= 3
         init = init or ("taps" if w.ndim >= 4 and many else "identity")

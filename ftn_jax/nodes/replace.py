@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import EllipsisType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ class Replace(Node):
         (64, 10)
     """
 
+    reads_weight: ClassVar[bool] = False
     value: Float[Array, "..."]
     group: str = static(default="norm")
 

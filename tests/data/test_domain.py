@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ftn_jax.data import ArraySource, Domain, Subset, limit, split
+from ftn_jax.data import ArraySource, Domain, Subset, digest, limit, split
 
 
 def make_source(sizes, seed=0):
@@ -123,3 +123,25 @@ def test_smaller_limit_is_part_of_larger():
     assert set(small) != set(limit(source, 9, seed=5).indices)
     with pytest.raises(ValueError, match="at least 1"):
         limit(source, 0, seed=0)
+
+
+def test_limited_balances_training_and_samples_testing():
+    labels = np.repeat([0, 1], [900, 100]).astype(np.int32)
+    source = ArraySource(np.zeros((1000, 2, 2, 1), np.uint8), labels)
+    small = Domain("d", ("a", "b"), source, source).limited(train=100, test=200)
+    assert np.bincount(small.train.labels).tolist() == [50, 50]
+    assert len(small.test) == 200 and 5 <= small.test.labels.sum() <= 40
+    same = Domain("d", ("a", "b"), source, source).limited(test=1000)
+    assert same.train is source and same.test is source
+    with pytest.raises(ValueError, match="n: found 0"):
+        small.limited(test=0)
+
+
+def test_digest_sees_labels_and_images():
+    images = np.arange(40 * 4, dtype=np.uint8).reshape(40, 2, 2, 1)
+    labels = np.zeros(40, np.int32)
+    other_labels = np.eye(1, 40, 7, dtype=np.int32)[0]
+    whole = digest(ArraySource(images, labels))
+    assert whole == digest(ArraySource(images.copy(), labels.copy()))
+    assert whole != digest(ArraySource(images, other_labels))
+    assert whole != digest(ArraySource(255 - images, labels))

@@ -7,6 +7,7 @@ import pytest
 
 from ftn_jax.data import (
     Compose,
+    FolderSource,
     Normalize,
     Resize,
     eval_batches,
@@ -284,3 +285,22 @@ def test_real_folder_holds_these_domains_and_a_dense_file(data_dir):
     assert set(find_domains(data_dir / "domains")) == set(COUNTS)
     with pytest.raises(ValueError, match="not a classification domain"):
         load_npz(data_dir / "domains" / "bsds500_edges_80x120.npz")
+
+
+def test_a_folder_without_domains_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no domain, expected .npz"):
+        find_domains(tmp_path)
+
+
+def test_pictures_of_16_bits_are_refused_and_turned_ones_turned(tmp_path):
+    deep = np.linspace(0, 60000, 16).reshape(4, 4).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    turned = Image.fromarray(np.zeros((4, 8, 3), np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    paths = [tmp_path / "deep.png", tmp_path / "turned.jpg"]
+    source = FolderSource(paths, np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match="deep.png.*expected 8 bits"):
+        source[0]
+    assert source[1].image.shape == (8, 4, 3)
