@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ftn_jax.train import TaskState
 
 
@@ -47,13 +49,22 @@ class StateFolder:
             step = manager.latest_step()
             if step is None:
                 return None
-            try:
-                return manager.restore(step, args=_standard_restore(like))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.directory} holds a state of another configuration: "
-                    f"{error}; delete the folder to start this run afresh"
-                ) from error
+            self._check(manager.item_metadata(step), like)
+            return manager.restore(step, args=_standard_restore(like))
+
+    def _check(self, saved: Any, like: TaskState) -> None:
+        found, expected = _shapes(getattr(saved, "tree", saved)), _shapes(like)
+        odd = [
+            f"{path}: found {found.get(path)}, expected {expected.get(path)}"
+            for path in sorted({*found, *expected})
+            if found.get(path) != expected.get(path)
+        ]
+        if odd:
+            raise ValueError(
+                f"{self.directory} holds a state of another configuration "
+                f"({len(odd)} differences: {'; '.join(odd[:3])}); delete the folder to "
+                "start this run afresh"
+            )
 
     def clear(self) -> None:
         """Delete the folder, when the run is done."""
@@ -64,10 +75,21 @@ class StateFolder:
 
         return ocp.CheckpointManager(
             self.directory,
+            item_handlers=ocp.StandardCheckpointHandler(),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=self.keep, enable_async_checkpointing=False
             ),
         )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """List shapes by path, but for the key, whose words Orbax counts as an axis."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if path[0]
+        not in (jax.tree_util.GetAttrKey("key"), jax.tree_util.DictKey("key"))
+    }
 
 
 def _standard_save(state: TaskState) -> Any:
