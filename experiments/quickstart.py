@@ -7,7 +7,8 @@ table, draws accuracy against parameters, saves each task and loads one back.
 
     python -m experiments.quickstart
 
-About three minutes on two CPU cores; accuracies in the README.
+Two to three minutes on two CPU cores. Expected means over the three domains, in %:
+feature extractor 42, BN + head 62, FTN R=1 78, FTN R=8 94, fine-tuning 98.
 """
 
 from collections.abc import Callable
