@@ -24,3 +24,7 @@ def test_links_lead_somewhere():
     assert links
     missing = [link for link in links if not (README.parent / link).exists()]
     assert not missing
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"^[A-Z]+_[A-Z_]+$", README.read_text(), re.MULTILINE)
