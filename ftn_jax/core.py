@@ -9,6 +9,7 @@ and no donated buffer of `shared` exists.
 
 import re
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -46,7 +47,7 @@ def register(cls: type[Any], data: tuple[str, ...], meta: tuple[str, ...]) -> No
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
-class Node:
+class Node(ABC):
     """What one task adds to one weight; subclass it to add a method.
 
     A subclass declares its arrays as annotated fields and its configuration as
@@ -89,12 +90,11 @@ class Node:
                 "store this name, so rename one of them"
             )
         Node.types[cls.__name__] = cls
-
         register(cls, data, meta)
 
+    @abstractmethod
     def merge(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the task's weight for the frozen weight `w`."""
-        raise NotImplementedError(f"{type(self).__name__} must define merge(self, w)")
 
 
 class Count(NamedTuple):

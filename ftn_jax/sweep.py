@@ -127,44 +127,21 @@ def sweep(
                     held_out=held_out,
                     folder=workdir / "state" / place / inputs,
                 )
-                task = best.state.task
-                logits = evaluator.outputs(task, domain.test)
-                test = score(logits, domain.test)
-                parts = count(task.delta).by_group
-                save_task(
-                    workdir / "tasks" / place,
-                    task,
-                    shared=backbone.shared,
-                    name=domain.name,
-                    class_names=domain.class_names,
-                    preprocessing=preprocessing,
-                    metadata={
-                        "method": name,
-                        "seed": seed,
-                        "accuracy": test["accuracy"],
-                        "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
-                    },
-                )
-                row = Row(
-                    method=name,
-                    task=domain.name,
+                row = _finish(
+                    best,
+                    name=name,
+                    domain=domain,
                     seed=seed,
-                    metric="accuracy",
-                    value=test["accuracy"],
-                    task_params=sum(parts.values()) - parts.get("head", 0),
-                    shared_params=backbone_size(backbone.shared, backbone.layers),
-                    steps=best.steps,
-                    seconds=round(best.seconds, 2),
-                    by_group=parts,
+                    backbone=backbone,
+                    evaluator=evaluator,
+                    preprocessing=preprocessing,
+                    folder=workdir / "tasks" / place,
+                    inputs=inputs,
                     details={
-                        "rates": best.rates,
                         "candidates": len(candidates),
-                        "validation": best.validation,
-                        "test_loss": test["loss"],
                         "train_examples": len(train),
                         "test_examples": len(domain.test),
                     },
-                    inputs=inputs,
                 )
                 results.add(row)
                 shutil.rmtree(workdir / "state" / place, ignore_errors=True)
@@ -190,9 +167,9 @@ def _train(
     best: _Trained | None = None
     failure: NonFiniteLoss | None = None
     for adaptation in candidates:
-        rates = dict(adaptation.recipe.rates)
+        rates = dict(sorted(adaptation.recipe.rates.items()))
         # Named by what it is: the list of candidates may differ in the next run.
-        states = StateFolder(folder / _short(sorted(rates.items())))
+        states = StateFolder(folder / _short(replace(adaptation.recipe, rates=rates)))
         start = time.perf_counter()
         try:
             with progress_bar(
@@ -213,6 +190,59 @@ def _train(
         assert failure is not None
         raise failure
     return best
+
+
+def _finish(
+    best: _Trained,
+    *,
+    name: str,
+    domain: Domain,
+    seed: int,
+    backbone: Backbone,
+    evaluator: Evaluator,
+    preprocessing: list[dict[str, Any]],
+    folder: Path,
+    inputs: str,
+    details: dict[str, Any],
+) -> Row:
+    """Look at the test data, save the task, and make its row."""
+    task = best.state.task
+    logits = evaluator.outputs(task, domain.test)
+    test = score(logits, domain.test)
+    save_task(
+        folder,
+        task,
+        shared=backbone.shared,
+        name=domain.name,
+        class_names=domain.class_names,
+        preprocessing=preprocessing,
+        metadata={
+            "method": name,
+            "seed": seed,
+            "accuracy": test["accuracy"],
+            "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
+        },
+    )
+    parts = count(task.delta).by_group
+    return Row(
+        method=name,
+        task=domain.name,
+        seed=seed,
+        metric="accuracy",
+        value=test["accuracy"],
+        task_params=sum(parts.values()) - parts.get("head", 0),
+        shared_params=backbone_size(backbone.shared, backbone.layers),
+        steps=best.steps,
+        seconds=round(best.seconds, 2),
+        by_group=parts,
+        details=details
+        | {
+            "rates": best.rates,
+            "validation": best.validation,
+            "test_loss": test["loss"],
+        },
+        inputs=inputs,
+    )
 
 
 def _better(new: dict[str, float] | None, old: dict[str, float] | None) -> bool:

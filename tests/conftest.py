@@ -5,6 +5,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from saved import DESCRIPTION, backbone, task
+
+from ftn_jax import save_task
 
 # Two devices on any machine, so that pmap and shard_map have something to map over.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -24,3 +27,9 @@ def data_dir() -> Path:
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved task, to be damaged."""
+    return save_task(tmp_path / "task", task(), shared=backbone(), **DESCRIPTION)

@@ -16,7 +16,6 @@ from ftn_jax.data.domain import (
     Subset,
     digest,
     limit,
-    sample,
     split,
 )
 from ftn_jax.data.folders import FolderSource, load_folder
@@ -81,7 +80,6 @@ __all__ = [
     "load_folder",
     "load_npz",
     "prefetch",
-    "sample",
     "split",
     "steps_per_epoch",
     "train_batches",

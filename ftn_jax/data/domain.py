@@ -168,7 +168,7 @@ class Domain:
         if train is not None:
             changed["train"] = limit(self.train, train, seed=0)
         if test is not None:
-            changed["test"] = sample(self.test, test, seed=0)
+            changed["test"] = limit(self.test, test, seed=0, balanced=False)
         return replace(self, **changed)
 
 
@@ -229,10 +229,16 @@ def split(source: Source, fraction: float, *, seed: int) -> Split:
     )
 
 
-def limit(source: Source, n: int, *, seed: int) -> Source:
-    """Keep at most `n` examples, as evenly over the classes as they allow.
+def limit(source: Source, n: int, *, seed: int, balanced: bool = True) -> Source:
+    """Keep at most `n` examples.
 
     With one seed, a smaller limit gives a part of what a larger one gives.
+
+    Args:
+        source: the examples.
+        n: how many may stay.
+        seed: of the choice.
+        balanced: as evenly over the classes as they allow; otherwise at random.
 
     Raises:
         ValueError: where `n` is below 1.
@@ -242,22 +248,10 @@ def limit(source: Source, n: int, *, seed: int) -> Source:
     if n >= len(source):
         return source
     order = _shuffle_by_class(source.labels, seed=seed)
-    kept = order.indices[np.argsort(order.rank, kind="stable")[:n]]
-    return Subset(source, np.sort(kept))
-
-
-def sample(source: Source, n: int, *, seed: int) -> Source:
-    """Draw at most `n` examples at random, whatever their classes.
-
-    Raises:
-        ValueError: where `n` is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"n: found {n}, expected at least 1")
-    if n >= len(source):
-        return source
-    order = np.random.default_rng(seed).permutation(len(source))
-    return Subset(source, np.sort(order[:n]))
+    kept = order.indices
+    if balanced:
+        kept = kept[np.argsort(order.rank, kind="stable")]
+    return Subset(source, np.sort(kept[:n]))
 
 
 def digest(source: Source) -> str:

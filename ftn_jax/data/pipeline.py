@@ -5,6 +5,7 @@ that is made of registered steps into JSON values and back.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ Transform = Callable[[np.random.Generator, np.ndarray], np.ndarray]
 _STEPS: dict[str, type["Step"]] = {}
 
 
-class Step:
+class Step(ABC):
     """Turns one image into another; a frozen dataclass subclass is registered.
 
     Attributes:
@@ -32,9 +33,9 @@ class Step:
         """Register the step under its class name."""
         _STEPS[cls.__name__] = cls
 
+    @abstractmethod
     def __call__(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         """Transform one image."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
