@@ -5,18 +5,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from ftn_jax.fit import NonFiniteLoss
-
-
-class Config(Protocol):
-    """A frozen dataclass of scalars that can also make itself small."""
-
-    @classmethod
-    def tiny(cls) -> "Config":
-        """Return settings that run the real code path in under a minute."""
-        ...
 
 
 def launch(
@@ -24,9 +15,10 @@ def launch(
 ) -> None:
     """Read flags into `config`, run `main`, and end with a clear message.
 
-    `--tiny` starts from `config.tiny()`; other flags still apply. Exit codes: 2 for
-    bad input, 3 for a loss that is not finite, 130 for Ctrl-C. Set FTN_TRACEBACK=1 to
-    see where an error came from.
+    `config` is a frozen dataclass of scalars whose class method `tiny()` gives settings
+    that run the real code path in under a minute; `--tiny` starts from those, other
+    flags still apply. Exit codes: 2 for bad input, 3 for a loss that is not finite, 130
+    for Ctrl-C. Set FTN_TRACEBACK=1 to see where an error came from.
     """
     try:
         import tyro

@@ -29,11 +29,13 @@ class StateFolder:
         self.keep = keep
 
     def save(self, state: TaskState) -> None:
-        """Write the state in place of one of the same step."""
+        """Write the state, unless it is there."""
         with self._manager() as manager:
             step = int(state.step)
             if step in manager.all_steps():
-                manager.delete(step)  # it may have been saved before it failed
+                if state.finite:
+                    return
+                manager.delete(step)  # what was saved before the next step failed
             manager.save(step, args=_standard_save(state))
 
     def restore(self, like: TaskState) -> TaskState | None:
@@ -84,12 +86,11 @@ class StateFolder:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """List shapes by path, but for the key, whose words Orbax counts as an axis."""
-    return {
+    shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if path[0]
-        not in (jax.tree_util.GetAttrKey("key"), jax.tree_util.DictKey("key"))
     }
+    return {path: shape for path, shape in shapes.items() if path != "key"}
 
 
 def _standard_save(state: TaskState) -> Any:
