@@ -9,6 +9,9 @@ from saved import DESCRIPTION, backbone, task
 
 from ftn_jax import save_task
 
+# Doctest collection would import these a second time, under another name.
+collect_ignore = ["saved.py", "toy.py", "trees.py", "weights.py"]
+
 # Two devices on any machine, so that pmap and shard_map have something to map over.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
