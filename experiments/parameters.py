@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from ftn_jax import count, make_delta
 from ftn_jax.command import launch
-from ftn_jax.core import path_name
 from ftn_jax.models import RESNETS
+from ftn_jax.paths import path_name
 from ftn_jax.presets import RESNET, Layers, bn_head, fine_tuning, ftn
 
 # The papers' totals of NYUD and DomainNet leave the shortcuts' BatchNorms out.

@@ -1,16 +1,30 @@
 """Factorized Tensor Networks: one frozen vision network, many tasks."""
 
 from ftn_jax.checkpoint import SavedTask, restore_task, save_task
-from ftn_jax.core import Node, count, groups, make_delta, materialize, static
+from ftn_jax.core import (
+    Extended,
+    compact,
+    count,
+    extend,
+    groups,
+    make_delta,
+    materialize,
+)
+from ftn_jax.node import Node, beside, frozen, static, tied
 from ftn_jax.optimizer import make_optimizer
 from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
 
 __all__ = [
+    "Extended",
     "Node",
     "SavedTask",
     "Task",
     "TaskState",
+    "beside",
+    "compact",
     "count",
+    "extend",
+    "frozen",
     "groups",
     "make_delta",
     "make_eval_step",
@@ -20,4 +34,5 @@ __all__ = [
     "restore_task",
     "save_task",
     "static",
+    "tied",
 ]

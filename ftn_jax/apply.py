@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Key
 
-from ftn_jax.core import fold_in_name, path_name
+from ftn_jax.paths import fold_in_name, path_name
 
 
 @runtime_checkable

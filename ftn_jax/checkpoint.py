@@ -21,13 +21,15 @@ from safetensors.numpy import save
 
 import ftn_jax.nodes  # noqa: F401  task files may hold any of them
 from ftn_jax.atomic import write_atomic
-from ftn_jax.core import Node, iter_nodes, path_name
+from ftn_jax.core import iter_nodes
 from ftn_jax.manifest import (
     FORMAT_VERSION,
     TaskFileError,
     read_manifest,
     read_tensors,
 )
+from ftn_jax.node import Node
+from ftn_jax.paths import path_name
 from ftn_jax.train import Task
 
 

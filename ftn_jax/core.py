@@ -5,104 +5,67 @@ the same paths that holds, at every leaf of `shared`, either `None` or a `Node`:
 small pytree that knows how to change that one weight. Only `delta` is ever
 differentiated, so "frozen" is not a flag that can be wrong: no gradient, no update
 and no donated buffer of `shared` exists.
+
+What several tasks read but none owns (bases of the weights, for example) lies beside
+the backbone in an `Extended`, which stands wherever `shared` does.
 """
 
+import inspect
 import re
-import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
-Init = Callable[[Any, Any], "Node"]
+from ftn_jax.node import Node, is_node, register
+from ftn_jax.paths import at, fold_in_name, path_name, some
+
+Init = Callable[..., Node]
 Rules = Mapping[str, Init | None]
 
 
-def static(**options: Any) -> Any:
-    """Declare a node field that is configuration, not data (hashable, never traced)."""
-    return field(metadata={"static": True}, **options)
-
-
-def register(cls: type[Any], data: tuple[str, ...], meta: tuple[str, ...]) -> None:
-    """Make a dataclass a pytree that is rebuilt without running its `__init__`.
-
-    Tree operations put placeholders, shapes and stacked arrays where arrays were;
-    the checks of building an object must not see them.
-    """
-
-    def flatten(x: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        children = [(jax.tree_util.GetAttrKey(n), getattr(x, n)) for n in data]
-        return children, tuple(getattr(x, n) for n in meta)
-
-    def unflatten(aux: Any, children: Any) -> Any:
-        x = object.__new__(cls)
-        x.__dict__.update(zip(meta + data, (*aux, *children), strict=True))
-        return x
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static,))
-class Node(ABC):
-    """What one task adds to one weight; subclass it to add a method.
-
-    A subclass declares its arrays as annotated fields and its configuration as
-    `static()` fields, and defines `merge(w)`. Subclassing is the registration: the
-    class becomes a frozen dataclass, a pytree, and a type that task files can hold.
-
-    By convention it also has `init(key, w, ...)`, a class method that checks its
-    arguments and copies whatever it keeps of `w` (a node that held one of shared's
-    own buffers would delete the backbone when a training step donates its state).
+@dataclass(frozen=True)
+class Extended:
+    """A backbone and the frozen arrays beside it; stands wherever `shared` does.
 
     Attributes:
-        group: which optimizer trains the node's arrays; declare it as a `static()`
-            field to let each instance choose.
-        reads_weight: whether `merge` depends on the weight's values; if not, a task
-            file opens on a backbone that differs in that leaf alone.
-        types: every node type by name.
-        data_fields: names of the fields that hold arrays.
-        static_fields: names of the fields that hold configuration.
+        params: the backbone's tree.
+        extras: arrays that nodes with `beside()` fields read:
+            `extras[kind][path of the weight, or share label][name]`.
     """
 
-    group: str = "factors"
-    reads_weight: ClassVar[bool] = True
-    types: ClassVar[dict[str, type["Node"]]] = {}
-    data_fields: ClassVar[tuple[str, ...]] = ()
-    static_fields: ClassVar[tuple[str, ...]] = ()
+    params: Any
+    extras: dict[str, dict[str, dict[str, Any]]]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        dataclass(frozen=True, eq=False)(cls)
-        is_static = {f.name: f.metadata.get("static", False) for f in fields(cls)}  # pyright: ignore[reportArgumentType]
-        cls.data_fields = data = tuple(n for n, s in is_static.items() if not s)
-        cls.static_fields = meta = tuple(n for n, s in is_static.items() if s)
-        if "group" in data:
-            raise TypeError(f"{cls.__name__}: declare `group: str = static(...)`")
-        old = Node.types.get(cls.__name__, cls)
-        names = [f"{c.__module__}.{c.__qualname__}" for c in (old, cls)]
-        if names[0] != names[1]:  # redefining a class in a notebook is fine
-            raise TypeError(
-                f"two node types of one name: {names[0]} and {names[1]}; task files "
-                "store this name, so rename one of them"
-            )
-        Node.types[cls.__name__] = cls
-        register(cls, data, meta)
 
-    @abstractmethod
-    def merge(self, w: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Return the task's weight for the frozen weight `w`."""
+register(Extended, ("params", "extras"), ())
+
+
+def extend(shared: Any, **kinds: Mapping[str, Mapping[str, Any]]) -> Extended:
+    """Lay arrays beside the backbone, by kind, path and name; others there stay.
+
+    Raises:
+        ValueError: if another set of arrays of one of these kinds is there already.
+    """
+    params, extras = split_extras(shared)
+    if taken := sorted({*kinds} & {*extras}):
+        raise ValueError(
+            f"the backbone already has {taken} beside it (it has {sorted(extras)}); "
+            "extend the plain backbone, or build a new Extended"
+        )
+    new = {k: {p: dict(x) for p, x in entries.items()} for k, entries in kinds.items()}
+    return Extended(params, extras | new)
 
 
 class Count(NamedTuple):
-    """Number of parameters of a delta: in all, by optimizer group, by path."""
+    """What a task owns: its trained parameters, and the bytes of all its arrays."""
 
     total: int
     by_group: dict[str, int]
     by_path: dict[str, int]
+    bytes: int
 
 
 def make_delta(key: Key[Array, ""], shared: Any, rules: Rules) -> Any:
@@ -112,7 +75,7 @@ def make_delta(key: Key[Array, ""], shared: Any, rules: Rules) -> Any:
         key: each node gets its own key, derived from its path, so adding or removing
             a layer or a rule does not change any other node's start.
         shared: the frozen backbone, a pytree of arrays (or of `ShapeDtypeStruct`
-            under `jax.eval_shape`).
+            under `jax.eval_shape`), or an `Extended`.
         rules: ordered mapping from a regular expression, matched against the whole
             path (`"layer1_0/conv1/kernel"`), to `init(key, w) -> Node`, or to `None`
             to leave those leaves as they are. The first match wins; leaves that no
@@ -125,25 +88,26 @@ def make_delta(key: Key[Array, ""], shared: Any, rules: Rules) -> Any:
         ValueError: if a rule matches no path or every leaf it matches is taken by
             earlier rules, or if a node's init refuses its weight (names the path).
     """
+    shared, extras = split_extras(shared)
     paths, leaves, treedef = _flatten(shared)
     hits = [[p for p in rules if re.fullmatch(p, path)] for path in paths]
     matched, used = {p for h in hits for p in h}, {h[0] for h in hits if h}
     if nothing := [p for p in rules if p not in matched]:
         raise ValueError(
             f"rules that match no leaf: {nothing} (a pattern must match the whole "
-            f"path); shared has the leaves {_some(paths)}"
+            f"path); shared has the leaves {some(paths)}"
         )
     if shadowed := [p for p in rules if p not in used]:
         raise ValueError(
             f"rules that never apply: {shadowed}; earlier rules take all their leaves"
         )
     nodes: list[Node | None] = []
+    owners: dict[Any, Node] = {}
     for path, w, patterns in zip(paths, leaves, hits, strict=True):
         init = rules[patterns[0]] if patterns else None
-        with _at(path):
-            if init and not jax.numpy.issubdtype(w.dtype, jax.numpy.inexact):
-                raise ValueError(f"a node needs a float weight, found {w.dtype}")
-            nodes.append(None if init is None else init(fold_in_name(key, path), w))
+        with at(path):
+            node = None if init is None else _start(init, key, path, w, extras)
+            nodes.append(None if node is None else _tie(owners, node))
     return treedef.unflatten(nodes)
 
 
@@ -157,27 +121,82 @@ def materialize(shared: Any, delta: Any) -> Any:
 
     Raises:
         ValueError: if the trees do not have the same paths (lists those on one side
-            only), or if a node does not fit its weight (names path and shapes).
+            only), if a node does not fit its weight (names path and shapes), or if
+            what it reads does not lie beside the backbone.
     """
-    paths, leaves, treedef = _flatten(shared)
-    nodes = _nodes_like(shared, delta)
-    params = []
-    for path, w, node in zip(paths, leaves, nodes, strict=True):
-        with _at(path):
-            params.append(w if node is None else node.merge(w))
-    return treedef.unflatten(params)
+    params = [
+        w if node is None else _merge(path, w, node)
+        for path, w, node in complete(shared, delta)
+    ]
+    return jax.tree.structure(split_extras(shared)[0]).unflatten(params)
+
+
+def complete(shared: Any, delta: Any) -> list[tuple[str, Any, Node | None]]:
+    """List `(path, weight, node)` for every leaf of shared, the nodes complete.
+
+    A complete node holds the arrays that it shares with other nodes or that lie
+    beside the backbone, and can merge by itself.
+
+    Raises:
+        ValueError: if the trees do not have the same paths, or if a node finds
+            nothing where its arrays should be (names path and kind).
+    """
+    params, extras = split_extras(shared)
+    paths, leaves, _ = _flatten(params)
+    owners: dict[Any, Node] = {}
+    nodes = []
+    for path, node in zip(paths, _nodes_like(params, delta), strict=True):
+        with at(path):
+            nodes.append(node and _fill(owners, extras, path, node))
+    return list(zip(paths, leaves, nodes, strict=True))
+
+
+def trainable(delta: Any) -> Any:
+    """Leave only what is trained: `None` in the place of every other array."""
+    return _over_nodes(lambda n: n.replace(**dict.fromkeys(n.frozen_fields)), delta)
+
+
+def with_trained(delta: Any, trained: Any) -> Any:
+    """Put the arrays of `trainable(delta)`'s structure back beside the frozen ones."""
+
+    def put(node: Node, new: Node) -> Node:
+        return new.replace(**{n: getattr(node, n) for n in node.frozen_fields})
+
+    return jax.tree.map(put, delta, trained, is_leaf=is_node)
+
+
+def perturb(delta: Any, key: Key[Array, ""]) -> Any:
+    """Return the delta that one training step runs with: dropout, where nodes have it.
+
+    Each node draws from a key of its own path.
+    """
+
+    def one(path: Any, node: Node) -> Node:
+        if type(node).perturb is Node.perturb:
+            return node
+        return node.perturb(fold_in_name(key, path_name(path)))
+
+    return jax.tree_util.tree_map_with_path(one, delta, is_leaf=is_node)
+
+
+def compact(delta: Any) -> Any:
+    """Return the delta to keep when training is over: same parameters, fewer bytes.
+
+    Straight-through masks become bits, what was switched off is dropped. The result
+    is for `materialize` and task files; it may not be trainable any more.
+    """
+    return _over_nodes(lambda n: n.compact(), delta)
 
 
 def groups(delta: Any) -> Any:
-    """Label every array of `delta` with its node's group, for `optax.multi_transform`.
+    """Label every trained array with its node's group, for `optax.multi_transform`.
 
     Returns:
-        A tree with the structure of `delta` and a string in place of each array.
+        A tree with the structure of `trainable(delta)` and a string in place of each
+        array.
     """
-    treedef = jax.tree.structure(delta, is_leaf=is_node)
-    return treedef.unflatten(
-        jax.tree.map(lambda _, node=node: node.group, node)
-        for _, node in iter_nodes(delta)
+    return _over_nodes(
+        lambda node: jax.tree.map(lambda _: node.group, node), trainable(delta)
     )
 
 
@@ -185,16 +204,12 @@ def count(delta: Any) -> Count:
     """Count a delta's parameters; `jax.eval_shape`'s output does as well as arrays."""
     by_group: dict[str, int] = {}
     by_path: dict[str, int] = {}
-    for path, node in iter_nodes(delta):
+    for path, node in iter_nodes(trainable(delta)):
         size = sum(leaf.size for leaf in jax.tree.leaves(node))
         by_path[path] = size
         by_group[node.group] = by_group.get(node.group, 0) + size
-    return Count(sum(by_path.values()), by_group, by_path)
-
-
-def is_node(x: Any) -> bool:
-    """Tell whether `x` is a node (for `jax.tree` functions' `is_leaf`)."""
-    return isinstance(x, Node)
+    nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(delta))
+    return Count(sum(by_path.values()), by_group, by_path, nbytes)
 
 
 def iter_nodes(delta: Any) -> Iterator[tuple[str, Node]]:
@@ -208,20 +223,70 @@ def iter_nodes(delta: Any) -> Iterator[tuple[str, Node]]:
         yield path_name(path), node
 
 
-def fold_in_name(key: Key[Array, ""], name: str) -> Key[Array, ""]:
-    """Derive a key by a hash of `name` that is the same in every process."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+def split_extras(shared: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the backbone's tree and what lies beside it."""
+    if isinstance(shared, Extended):
+        return shared.params, shared.extras
+    return shared, {}
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Write a key path as rules see it: `"layer1_0/conv1/kernel"`.
+def _start(init: Init, key: Any, path: str, w: Any, extras: Any) -> Node:
+    if not jax.numpy.issubdtype(w.dtype, jax.numpy.inexact):
+        raise ValueError(f"a node needs a float weight, found {w.dtype}")
+    key = fold_in_name(key, path)
+    wanted = inspect.signature(init).parameters.get("extra")
+    if wanted is None or wanted.default is not inspect.Parameter.empty:
+        return init(key, w)
+    return init(key, w, extra={k: x[path] for k, x in extras.items() if path in x})
 
-    A Flax NNX variable's last key, `value`, is left out: the same rules then serve
-    a Linen tree and an `nnx.State`.
-    """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+def _tie(owners: dict[Any, Node], node: Node) -> Node:
+    """Leave the arrays that a share label has in common with its first node."""
+    if node.share is None:
+        return node
+    common = {n: getattr(node, n) for n in node.tied_fields}
+    owner = owners.setdefault((type(node), node.share), node)
+    if owner is node:
+        return node
+    for name, mine in common.items():
+        theirs = getattr(owner, name)
+        found, expected = (jax.tree.map(jax.numpy.shape, x) for x in (mine, theirs))
+        if found != expected:
+            raise ValueError(
+                f"nodes of the label {node.share!r} share {name!r}, found the shape "
+                f"{found} here and {expected} in an earlier node; give this one "
+                "another label"
+            )
+    return node.replace(**dict.fromkeys(common))
+
+
+def _fill(owners: dict[Any, Node], extras: Any, path: str, node: Node) -> Node:
+    """Give a node the arrays that its share label or the backbone keeps for it."""
+    values = {}
+    if node.share is not None:
+        owner = owners.setdefault((type(node), node.share), node)
+        values = {n: getattr(owner, n) for n in node.tied_fields}
+    for name, kind in node.beside_fields.items():
+        place = node.share or path
+        if name not in extras.get(kind, {}).get(place, {}):
+            raise ValueError(
+                f"a {type(node).__name__} reads {name!r} of {kind!r} beside the "
+                f"backbone, found nothing at {place!r} (the backbone has "
+                f"{sorted(extras)} beside it); pass the Extended that the task was "
+                "made with"
+            )
+        values[name] = extras[kind][place][name]
+    return node.replace(**values) if values else node
+
+
+def _merge(path: str, w: Any, node: Node) -> Any:
+    with at(path):
+        return node.merge(w)
+
+
+def _over_nodes(function: Callable[[Node], Any], delta: Any) -> Any:
+    treedef = jax.tree.structure(delta, is_leaf=is_node)
+    return treedef.unflatten(function(node) for _, node in iter_nodes(delta))
 
 
 def _flatten(tree: Any) -> tuple[list[str], list[Any], Any]:
@@ -245,8 +310,8 @@ def _nodes_like(shared: Any, delta: Any) -> list[Node | None]:
         found = [path_name(path) for path, _ in entries]
         raise ValueError(
             "shared and delta do not have the same paths; only in shared: "
-            f"{_some([p for p in paths if p not in found])}; only in delta: "
-            f"{_some([p for p in found if p not in paths])} ({error})"
+            f"{some([p for p in paths if p not in found])}; only in delta: "
+            f"{some([p for p in found if p not in paths])} ({error})"
         ) from None
     for path, node in zip(paths, nodes, strict=True):
         if node is not None and not is_node(node):
@@ -255,17 +320,3 @@ def _nodes_like(shared: Any, delta: Any) -> list[Node | None]:
                 "expected a node or None"
             )
     return nodes
-
-
-@contextmanager
-def _at(path: str) -> Iterator[None]:
-    """Put the path in front of a node's complaint."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:  # shapes that do not fit raise either
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _some(paths: list[str], limit: int = 6) -> str:
-    rest = f", ... ({len(paths)} in all)" if len(paths) > limit else ""
-    return f"[{', '.join(paths[:limit])}{rest}]"

@@ -15,9 +15,10 @@ import jax
 from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe, score
 from ftn_jax.checkpoint import fingerprint, save_task
 from ftn_jax.command import progress_bar
-from ftn_jax.core import count, path_name
+from ftn_jax.core import count
 from ftn_jax.data import Domain, Source, Transform, describe, digest, split
 from ftn_jax.fit import NonFiniteLoss
+from ftn_jax.paths import path_name
 from ftn_jax.presets import Layers, Method
 from ftn_jax.results import Results, Row
 from ftn_jax.resume import StateFolder

@@ -7,13 +7,16 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ftn_jax.apply import Apply
-from ftn_jax.core import materialize, register
+from ftn_jax.core import perturb, trainable, with_trained
+from ftn_jax.forward import Forward, merged
 from ftn_jax.metrics import Sums, classification
+from ftn_jax.node import register
 
 Loss = Callable[[Any, Mapping[str, Any]], Sums]
+Penalty = Callable[[Any, Int[Array, ""]], Float[Array, ""]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class TaskState:
         """
         task, key = jax.tree.map(jnp.copy, (Task(delta, model_state), key))
         step, finite = jnp.zeros((), jnp.int32), jnp.ones((), bool)
-        return cls(step, task, tx.init(task.delta), key, finite)
+        return cls(step, task, tx.init(trainable(task.delta)), key, finite)
 
 
 register(Task, ("delta", "model_state"), ())
@@ -87,6 +90,8 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     loss: Loss = classification,
+    penalty: Penalty | None = None,
+    forward: Forward = merged,
     frozen_stats: bool = False,
     compute_dtype: Any = None,
     remat: bool | Callable[..., bool] = False,
@@ -106,6 +111,9 @@ def make_train_step(
         tx: the optimizer, from `make_optimizer` or any of optax's.
         loss: `(outputs, batch) -> sums` with `"loss"` and `"count"` among them; the
             gradient is that of `sums["loss"] / sums["count"]`.
+        penalty: `(delta, step) -> scalar`, added to the mean loss, for methods whose
+            loss looks at the delta; the sums then hold `"penalty"` times the count.
+        forward: how to run the network on `(shared, delta)`.
         frozen_stats: run the network in evaluation mode: BatchNorm uses and keeps the
             statistics of `model_state` (and dropout, where there is any, is off), as
             a feature extractor does.
@@ -123,48 +131,64 @@ def make_train_step(
         ValueError: at trace time, if the batch cannot be split in `accumulate` parts.
     """
 
-    def forward(delta: Any, model_state: Any, shared: Any, batch: Any, key: Any) -> Any:
-        params, inputs = _cast((materialize(shared, delta), batch), compute_dtype)
-        return apply(params, model_state, inputs, train=not frozen_stats, key=key)
+    def run(trained: Any, task: Task, shared: Any, batch: Any, key: Any) -> Any:
+        return forward(
+            apply,
+            shared,
+            perturb(with_trained(task.delta, trained), key),
+            task.model_state,
+            batch,
+            train=not frozen_stats,
+            key=key,
+            compute_dtype=compute_dtype,
+        )
 
     if remat:
         policy = None if remat is True else remat
-        forward = jax.checkpoint(forward, policy=policy)
+        run = jax.checkpoint(run, policy=policy)
 
-    def objective(delta: Any, model_state: Any, shared: Any, batch: Any, key: Any):
-        outputs, new_state = forward(delta, model_state, shared, batch, key)
+    def objective(trained: Any, task: Task, shared: Any, batch: Any, key: Any):
+        outputs, new_state = run(trained, task, shared, batch, key)
         sums = loss(outputs, batch)
-        return sums["loss"], (sums, _like(new_state, model_state))
+        return sums["loss"], (sums, _like(new_state, task.model_state))
+
+    def pulled(trained: Any, state: TaskState) -> Any:
+        assert penalty is not None
+        return penalty(with_trained(state.task.delta, trained), state.step)
 
     gradient = jax.grad(objective, has_aux=True)
 
     def step(
         shared: Any, state: TaskState, batch: Mapping[str, Any]
     ) -> tuple[TaskState, Sums]:
-        delta, model_state = state.task.delta, state.task.model_state
         key = jax.random.fold_in(state.key, state.step)
+        trained = trainable(state.task.delta)
+        task, varied = state.task, trained
         if axis_name is not None:
             # Per-device gradients, summed below in one place: without this,
             # shard_map would sum those of a replicated delta by itself.
-            delta, model_state = _varying((delta, model_state), axis_name)
+            task, varied = _varying((task, varied), axis_name)
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if accumulate == 1:
-            grads, (sums, model_state) = gradient(
-                delta, model_state, shared, batch, key
-            )
+            grads, (sums, model_state) = gradient(varied, task, shared, batch, key)
         else:
             grads, sums, model_state = _accumulated(
-                gradient, accumulate, delta, model_state, shared, batch, key
+                gradient, accumulate, varied, task, shared, batch, key
             )
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
             model_state = _pmean(model_state, axis_name)
         count = jnp.where(sums["count"] > 0, sums["count"], 1)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.task.delta)
+        if penalty is not None:
+            value, pull = jax.value_and_grad(pulled)(trained, state)
+            grads = jax.tree.map(jnp.add, grads, pull)
+            sums = {**sums, "penalty": value * sums["count"]}
+        updates, opt_state = tx.update(grads, state.opt_state, trained)
+        delta = with_trained(state.task.delta, optax.apply_updates(trained, updates))
         new = TaskState(
             step=state.step + 1,
-            task=Task(optax.apply_updates(state.task.delta, updates), model_state),
+            task=Task(delta, model_state),
             opt_state=opt_state,
             key=state.key,
             finite=state.finite,
@@ -190,6 +214,7 @@ def make_eval_step(
     apply: Apply,
     *,
     metrics: Loss | None = classification,
+    forward: Forward = merged,
     compute_dtype: Any = None,
     axis_name: str | None = None,
 ) -> EvalStep:
@@ -198,13 +223,21 @@ def make_eval_step(
     Args:
         apply: the network.
         metrics: `(outputs, batch) -> sums`; `None` returns the outputs themselves.
+        forward: how to run the network on `(shared, delta)`.
         compute_dtype: cast parameters and inputs after merging.
         axis_name: the mapped axis to sum the metrics over.
     """
 
     def step(shared: Any, task: Task, batch: Mapping[str, Any]) -> Any:
-        params, inputs = _cast((materialize(shared, task.delta), batch), compute_dtype)
-        outputs, _ = apply(params, task.model_state, inputs, train=False)
+        outputs, _ = forward(
+            apply,
+            shared,
+            task.delta,
+            task.model_state,
+            batch,
+            train=False,
+            compute_dtype=compute_dtype,
+        )
         if metrics is None:
             return outputs
         sums = metrics(outputs, batch)
@@ -216,8 +249,8 @@ def make_eval_step(
 def _accumulated(
     gradient: Callable[..., Any],
     parts: int,
-    delta: Any,
-    model_state: Any,
+    trained: Any,
+    task: Task,
     shared: Any,
     batch: Any,
     key: Key[Array, ""],
@@ -237,25 +270,21 @@ def _accumulated(
         grads, model_state = carry
         part, n = xs
         new, (sums, model_state) = gradient(
-            delta, model_state, shared, part, jax.random.fold_in(key, n)
+            trained,
+            replace(task, model_state=model_state),
+            shared,
+            part,
+            jax.random.fold_in(key, n),
         )
         return (jax.tree.map(jnp.add, grads, new), model_state), sums
 
-    start = (jax.tree.map(jnp.zeros_like, delta), model_state)
+    start = (jax.tree.map(jnp.zeros_like, trained), task.model_state)
     # XLA's CPU loops run convolutions on a slow path: unroll there.
     unroll = jax.default_backend() == "cpu"
     (grads, model_state), sums = jax.lax.scan(
         body, start, (split, jnp.arange(parts)), unroll=parts if unroll else 1
     )
     return grads, jax.tree.map(lambda s: s.sum(axis=0), sums), model_state
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-    if dtype is None:
-        return tree
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
 
 
 def _like(tree: Any, old: Any) -> Any:

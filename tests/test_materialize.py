@@ -13,8 +13,9 @@ from flax.core import FrozenDict
 from trees import RULES, Shift, backbone, far, in_tuples, random_cp
 
 from ftn_jax import Node, count, make_delta, materialize
-from ftn_jax.core import iter_nodes, path_name
+from ftn_jax.core import iter_nodes
 from ftn_jax.nodes import Replace
+from ftn_jax.paths import path_name
 
 
 @pytest.mark.parametrize("container", [dict, FrozenDict, in_tuples])

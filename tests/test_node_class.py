@@ -27,7 +27,7 @@ def test_fields_are_sorted_in_data_and_configuration():
 
 
 def test_a_group_that_is_no_static_field_is_refused(forget):
-    with pytest.raises(TypeError, match=r"Careless: declare `group: str = static"):
+    with pytest.raises(TypeError, match=r"Careless: declare `group = static"):
 
         class Careless(Node):
             group: str = "norm"

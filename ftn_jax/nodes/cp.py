@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from ftn_jax.core import Node, static
+from ftn_jax.node import Node, static
 
 CPInit = Literal["taps", "identity", "xavier", "normal"]
 

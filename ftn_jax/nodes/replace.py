@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ftn_jax.core import Node, static
+from ftn_jax.node import Node, static
 
 
 class Replace(Node):
