@@ -10,6 +10,7 @@ from ftn_jax.core import (
     make_delta,
     materialize,
 )
+from ftn_jax.extras import restore_extras, save_extras
 from ftn_jax.node import Node, beside, frozen, static, tied
 from ftn_jax.optimizer import make_optimizer
 from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
@@ -31,7 +32,9 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "materialize",
+    "restore_extras",
     "restore_task",
+    "save_extras",
     "save_task",
     "static",
     "tied",

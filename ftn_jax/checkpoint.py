@@ -2,13 +2,8 @@
 
 A task's file holds only what the task owns. The backbone is named by a fingerprint,
 so a task cannot be loaded onto other weights by mistake, and nothing is pickled.
-
-The tensors are written first, under a name of their own; replacing `manifest.json`
-is the one step that makes them current. A crash leaves the old task or the new one.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save
 
 import ftn_jax.nodes  # noqa: F401  task files may hold any of them
-from ftn_jax.atomic import write_atomic
-from ftn_jax.core import iter_nodes
+from ftn_jax.core import complete, iter_nodes, split_extras
 from ftn_jax.manifest import (
-    FORMAT_VERSION,
     TaskFileError,
+    digest,
     read_manifest,
     read_tensors,
+    write_folder,
 )
 from ftn_jax.node import Node
 from ftn_jax.paths import path_name
@@ -55,13 +49,8 @@ class SavedTask:
 
 def fingerprint(shared: Any) -> dict[str, str]:
     """Hash every leaf of a tree: SHA-256 over shape, dtype and bytes, by path."""
-    digests = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shared):
-        x = np.asarray(leaf, order="C")
-        digest = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
-        digest.update(x.view(np.uint8).data if x.ndim else x.tobytes())
-        digests[path_name(path)] = digest.hexdigest()
-    return digests
+    leaves = jax.tree_util.tree_leaves_with_path(shared)
+    return {path_name(path): digest(leaf) for path, leaf in leaves}
 
 
 def save_task(
@@ -79,7 +68,8 @@ def save_task(
     Args:
         directory: the task's folder, made if absent; a task in it is replaced.
         task: what to save.
-        shared: the backbone that the task was trained on (fingerprinted, not saved).
+        shared: the backbone that the task was trained on, with what lies beside it
+            (fingerprinted, not saved).
         name: the task's name.
         class_names: of the head's outputs.
         preprocessing: JSON description of the input transform.
@@ -115,47 +105,22 @@ def save_task(
             keys[path_name(path)] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         _store(tensors, f"model_state/{path_name(path)}", leaf)
-    for tensor, x in tensors.items():
-        if (
-            jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
-            and not np.isfinite(x).all()
-        ):
-            raise ValueError(f"{name}: {tensor} has NaN or infinity; not saved")
-    content = save(tensors)
-    digest = hashlib.sha256(content).hexdigest()
-    manifest = {
-        "format": "ftn_jax task",
-        "format_version": FORMAT_VERSION,
-        "name": name,
-        "class_names": list(class_names),
-        "preprocessing": [dict(step) for step in preprocessing],
-        "metadata": dict(metadata or {}),
-        "tensors": {
-            "file": f"task-{digest[:12]}.safetensors",
-            "sha256": digest,
-            "arrays": {
-                k: {"shape": list(x.shape), "dtype": str(x.dtype)}
-                for k, x in tensors.items()
-            },
+    write_folder(
+        directory,
+        "task",
+        tensors,
+        {
+            "name": name,
+            "class_names": list(class_names),
+            "preprocessing": [dict(step) for step in preprocessing],
+            "metadata": dict(metadata or {}),
+            "nodes": nodes,
+            "keys": keys,
+            # A leaf that the task replaces need not be the same elsewhere.
+            "shared": fingerprint(split_extras(shared)[0]) | dict.fromkeys(replaced),
+            "beside": _beside(shared, task.delta),
         },
-        "nodes": nodes,
-        "keys": keys,
-        # A leaf that the task replaces need not be the same elsewhere.
-        "shared": fingerprint(shared) | dict.fromkeys(replaced),
-    }
-    try:
-        text = json.dumps(manifest, indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name}: metadata, preprocessing or a node's static field holds what JSON "
-            f"cannot: {error}"
-        ) from error
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / manifest["tensors"]["file"], content)
-    write_atomic(directory / "manifest.json", text.encode())
-    for stale in directory.glob("task-*.safetensors"):
-        if stale.name != manifest["tensors"]["file"]:
-            stale.unlink()
+    )
     return directory
 
 
@@ -166,7 +131,8 @@ def restore_task(
 
     Args:
         directory: a folder that `save_task` wrote.
-        shared: the backbone; the delta gets its tree structure.
+        shared: the backbone, with what lies beside it; the delta gets its tree
+            structure.
         model_state: a tree whose structure the saved state is put in, needed where
             it is not made of nested dicts (an `nnx.State`, for example).
 
@@ -179,11 +145,12 @@ def restore_task(
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    _check_backbone(directory, manifest["shared"], shared)
+    params, _ = split_extras(shared)
+    check_backbone(directory, manifest["shared"], params)
     tensors = read_tensors(directory, manifest["tensors"])
     nodes = {n["path"]: _build(directory, n, tensors) for n in manifest["nodes"]}
     delta = jax.tree_util.tree_map_with_path(
-        lambda path, _: nodes.pop(path_name(path), None), shared
+        lambda path, _: nodes.pop(path_name(path), None), params
     )
     saved = {
         k.removeprefix("model_state/"): _to_device(k, tensors.pop(k))
@@ -195,6 +162,7 @@ def restore_task(
             f"{directory}: nothing takes {sorted([*nodes, *tensors])}: the manifest's "
             "list of nodes is damaged; restore the file from a copy"
         )
+    _check_beside(directory, manifest["beside"], shared, delta)
     state = {
         k: jax.random.wrap_key_data(x, impl=manifest["keys"][k])
         if k in manifest["keys"]
@@ -208,6 +176,31 @@ def restore_task(
         preprocessing=manifest["preprocessing"],
         metadata=manifest["metadata"],
     )
+
+
+def _beside(shared: Any, delta: Any) -> dict[str, dict[str, str]]:
+    """Hash what each node reads beside the backbone, by the weight's path and name."""
+    return {
+        path: {name: digest(x) for name, x in node.reads().items()}
+        for path, _, node in complete(shared, delta)
+        if node is not None and node.beside_fields
+    }
+
+
+def _check_beside(
+    directory: Path, expected: dict[str, dict[str, str]], shared: Any, delta: Any
+) -> None:
+    try:
+        found = _beside(shared, delta)
+    except ValueError as error:
+        raise TaskFileError(f"{directory}: {error}") from error
+    for path in sorted({*expected, *found}):
+        if found.get(path) != expected.get(path):
+            raise TaskFileError(
+                f"{directory}: what the task reads of {path} beside the backbone "
+                "differs from what it was trained with; load the extras that were "
+                "saved with it (ftn_jax.restore_extras)"
+            )
 
 
 def _store(tensors: dict[str, np.ndarray], name: str, value: Any) -> Any:
@@ -244,9 +237,14 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def _check_backbone(
+def check_backbone(
     directory: Path, expected: dict[str, str | None], shared: Any
 ) -> None:
+    """Compare fingerprints, leaf by leaf; `None` stands for any value.
+
+    Raises:
+        TaskFileError: names the first leaf that differs.
+    """
     found: dict[str, str | None] = {**fingerprint(shared)}
     found |= {p: None for p in expected if expected[p] is None and p in found}
     for path in [*expected, *(p for p in found if p not in expected)]:
@@ -260,7 +258,7 @@ def _check_backbone(
             )
             raise TaskFileError(
                 f"{directory} belongs to another backbone; the first leaf that differs "
-                f"is {path}: {why}. Load the weights that the task was trained on"
+                f"is {path}: {why}. Load the weights that it was made with"
             )
 
 

@@ -1,4 +1,8 @@
-"""Read a task's files back, trusting nothing in them."""
+"""A folder of one JSON manifest and one safetensors file: written whole, read warily.
+
+The tensors are written first, under a name of their own; replacing `manifest.json`
+is the one step that makes them current. A crash leaves the old folder or the new.
+"""
 
 import hashlib
 import json
@@ -8,8 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
-FORMAT_VERSION = 1
+from ftn_jax.atomic import write_atomic
+
+# 2: a task names what it reads beside the backbone.
+FORMAT_VERSION = 2
 
 # The names that safetensors files use; its own numpy reader lacks bfloat16.
 _DTYPES = {
@@ -21,17 +29,17 @@ _DTYPES = {
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
-_MANIFEST = {
+_TASK = {
     "name": str,
     "class_names": list,
     "preprocessing": list,
     "metadata": dict,
-    "tensors": dict,
     "nodes": list,
     "keys": dict,
-    "shared": dict,
+    "beside": dict,
 }
 _TENSORS = {"file": str, "sha256": str, "arrays": dict}
+_ENTRY = {"kind": str, "place": str, "name": str, "tensor": str}
 _NODE = {"path": str, "type": str, "module": str, "static": dict, "arrays": dict}
 
 
@@ -39,30 +47,95 @@ class TaskFileError(ValueError):
     """A task file that is damaged, of another backbone, or of a newer format."""
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def write_folder(
+    directory: Path, kind: str, tensors: dict[str, np.ndarray], manifest: dict[str, Any]
+) -> None:
+    """Write a folder; another one in its place is replaced in one step.
+
+    Args:
+        directory: made if absent.
+        kind: `"task"` or `"extras"`.
+        tensors: by name.
+        manifest: anything JSON can hold.
+
+    Raises:
+        OSError: if it cannot be written; an older folder is untouched.
+        ValueError: if the tensors hold NaN or infinity (names the first), or the
+            manifest what JSON cannot.
+    """
+    for name, x in tensors.items():
+        if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) and not (
+            np.isfinite(x).all()
+        ):
+            raise ValueError(f"{directory}: {name} has NaN or infinity; not saved")
+    content = save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    file = f"{kind}-{digest[:12]}.safetensors"
+    arrays = {
+        k: {"shape": list(x.shape), "dtype": str(x.dtype)} for k, x in tensors.items()
+    }
+    whole = {
+        "format": f"ftn_jax {kind}",
+        "format_version": FORMAT_VERSION,
+        "tensors": {"file": file, "sha256": digest, "arrays": arrays},
+        **manifest,
+    }
+    try:
+        text = json.dumps(whole, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{directory}: metadata, preprocessing or a node's static field holds what "
+            f"JSON cannot: {error}"
+        ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / file, content)
+    write_atomic(directory / "manifest.json", text.encode())
+    for stale in directory.glob(f"{kind}-*.safetensors"):
+        if stale.name != file:
+            stale.unlink()
+
+
+def digest(x: Any) -> str:
+    """Hash an array: SHA-256 over dtype, shape and bytes."""
+    x = np.asarray(x, order="C")
+    found = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
+    found.update(x.view(np.uint8).data if x.ndim else x.tobytes())
+    return found.hexdigest()
+
+
+def read_manifest(directory: Path, kind: str = "task") -> dict[str, Any]:
     """Read and check `manifest.json`.
 
     Raises:
         FileNotFoundError: if there is none.
-        TaskFileError: if it is damaged or of a newer format.
+        TaskFileError: if it is damaged, of another kind, or of a newer format.
     """
     path = directory / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no task: {path} does not exist")
+        raise FileNotFoundError(f"{directory} holds no {kind}: {path} does not exist")
     try:
         manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
+        version, found = manifest["format_version"], manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise TaskFileError(f"{path} is no task manifest: {error!r}") from error
+        raise TaskFileError(f"{path} is no {kind} manifest: {error!r}") from error
+    if found != f"ftn_jax {kind}":
+        raise TaskFileError(f"{path} is of {found!r}, expected 'ftn_jax {kind}'")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise TaskFileError(
             f"{path} has format version {version}, this ftn_jax reads up to "
             f"{FORMAT_VERSION}: upgrade ftn_jax to open it"
         )
-    _check_entries(path, manifest, _MANIFEST)
+    _check_entries(path, manifest, {"tensors": dict, "shared": dict})
     _check_entries(path, manifest["tensors"], _TENSORS)
-    for node in manifest["nodes"]:
-        _check_entries(path, node, _NODE)
+    if kind == "task":
+        manifest.setdefault("beside", {})  # format 1
+        _check_entries(path, manifest, _TASK)
+        for node in manifest["nodes"]:
+            _check_entries(path, node, _NODE)
+    else:
+        _check_entries(path, manifest, {"entries": list})
+        for entry in manifest["entries"]:
+            _check_entries(path, entry, _ENTRY)
     return manifest
 
 

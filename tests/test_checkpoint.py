@@ -172,7 +172,7 @@ def test_values_that_are_not_finite_are_refused_and_the_old_task_stays(
     else:
         new.model_state["cache"]["low"] = new.model_state["cache"]["low"].at[0].set(bad)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=f"leaves: {where} has NaN or infinity"):
+    with pytest.raises(ValueError, match=f"{where} has NaN or infinity"):
         save_task(folder, new, shared=backbone(), name="leaves")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

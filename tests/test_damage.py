@@ -2,6 +2,7 @@
 
 import hashlib
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,9 +114,20 @@ def test_a_manifest_that_lacks_a_part_of_a_node_names_it(folder, entry):
 
 
 def test_a_newer_format_is_refused(folder):
-    rewrite(folder, lambda m: m.update(format_version=2))
-    with pytest.raises(TaskFileError, match="format version 2, .* up to 1: upgrade"):
+    rewrite(folder, lambda m: m.update(format_version=3))
+    with pytest.raises(TaskFileError, match="format version 3, .* up to 2: upgrade"):
         restore_task(folder, backbone())
+
+
+def test_the_older_format_opens(folder):
+    """Format 1 said nothing of what lies beside the backbone."""
+
+    def to_format_1(manifest):
+        manifest["format_version"] = 1
+        del manifest["beside"]
+
+    rewrite(folder, to_format_1)
+    chex.assert_trees_all_equal(restore_task(folder, backbone()).task, task())
 
 
 def node_at(manifest, path="conv/kernel"):
