@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ftn_jax.adapt import Backbone, Recipe
+from ftn_jax.adapt import Recipe
 from ftn_jax.apply import Apply, from_linen
 from ftn_jax.command import launch
 from ftn_jax.data import (
@@ -41,6 +41,7 @@ from ftn_jax.data import (
     load_folder,
     load_npz,
 )
+from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
 from ftn_jax.nodes.cp import CPInit
 from ftn_jax.presets import (

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 from safetensors.numpy import save
 
 from ftn_jax import materialize, restore_task
-from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe
+from ftn_jax.adapt import Adaptation, Evaluator, Recipe
 from ftn_jax.apply import Apply, from_linen
 from ftn_jax.atomic import write_atomic
 from ftn_jax.command import launch, progress_bar
 from ftn_jax.data import Compose, Domain, Normalize, RandomCrop, from_description
 from ftn_jax.data.embedded import IMAGE_PX, embedded_source, embedded_targets
+from ftn_jax.method import Backbone
 from ftn_jax.models import ResNet, cifar_resnet
 from ftn_jax.presets import (
     RESNET,

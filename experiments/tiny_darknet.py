@@ -25,7 +25,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from ftn_jax.adapt import Backbone, Recipe
+from ftn_jax.adapt import Recipe
 from ftn_jax.apply import from_linen
 from ftn_jax.command import launch
 from ftn_jax.data import (
@@ -39,6 +39,7 @@ from ftn_jax.data import (
     load_digits,
     load_domain,
 )
+from ftn_jax.method import Backbone
 from ftn_jax.presets import Layers, bn_head, ftn
 from ftn_jax.pretrained import read_weights
 from ftn_jax.results import Results

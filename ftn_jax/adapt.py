@@ -1,8 +1,10 @@
 """Adapt one backbone to one domain by one method: the papers' unit of work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,6 @@ import numpy as np
 from jaxtyping import Float
 
 from ftn_jax import metrics
-from ftn_jax.apply import Apply
 from ftn_jax.core import make_delta, materialize
 from ftn_jax.data import (
     Source,
@@ -21,28 +22,17 @@ from ftn_jax.data import (
     train_batches,
 )
 from ftn_jax.fit import OnLog, fit
+from ftn_jax.forward import Forward, merged
+from ftn_jax.method import Backbone, Method, Stage
 from ftn_jax.optimizer import Schedule, make_optimizer
-from ftn_jax.presets import Layers, Method
 from ftn_jax.resume import StateFolder
-from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
-
-
-class Backbone(NamedTuple):
-    """A pretrained network, frozen.
-
-    Attributes:
-        network: `classes -> Apply`: how to run it with a head of so many outputs. A
-            Linen module checks the shapes of its parameters, so each task runs the
-            module that was built for its number of classes.
-        shared: its parameters.
-        model_state: its mutable collections, where every task starts from.
-        layers: which of its paths are kernels, norms and head.
-    """
-
-    network: Callable[[int], Apply]
-    shared: Any
-    model_state: Any
-    layers: Layers
+from ftn_jax.train import (
+    Penalty,
+    Task,
+    TaskState,
+    make_eval_step,
+    make_train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -88,23 +78,53 @@ class Adaptation:
         source: Source,
         *,
         transform: Transform,
+        forward: Forward = merged,
     ) -> None:
-        """Prepare the optimizer and the jitted step.
+        """Prepare the optimizer and the jitted step of each of the method's stages.
 
         Args:
-            backbone: the frozen network.
+            backbone: the frozen network, with what the method reads beside it.
             method: rules of the delta, from `ftn_jax.presets` or your own.
             recipe: how to train.
             source: training examples.
             transform: their augmentation and normalisation.
+            forward: how to run the network on `(shared, delta)`.
+
+        Raises:
+            ValueError: if the shares of the method's stages do not add up to 1.
         """
         self.backbone, self.method, self.recipe = backbone, method, recipe
         self.source, self.transform = source, transform
         per_epoch = steps_per_epoch(source, batch_size=recipe.batch_size)
         self.steps = recipe.epochs * per_epoch
-        self.tx = make_optimizer(
-            recipe.rates,
-            steps=self.steps,
+        shares = [stage.share for stage in method.stages]
+        if min(shares, default=0) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"the stages' shares must be positive and add up to 1, found {shares}"
+            )
+        ends = [round(self.steps * x) for x in accumulate(shares)]
+        self._bounds = list(zip([0, *ends], ends, strict=False))
+        apply = backbone.network(method.classes)
+        self._optimizers, self._steps = [], []
+        for stage, (first, last) in zip(method.stages, self._bounds, strict=True):
+            tx = self._optimizer(stage, last - first, per_epoch)
+            step = make_train_step(
+                apply,
+                tx,
+                penalty=self._penalty(first),
+                forward=forward,
+                frozen_stats=method.frozen_stats,
+                compute_dtype=recipe.compute_dtype,
+                accumulate=recipe.accumulate,
+            )
+            self._optimizers.append(tx)
+            self._steps.append(jax.jit(step, donate_argnums=1))
+
+    def _optimizer(self, stage: Stage, steps: int, per_epoch: int) -> Any:
+        recipe = self.recipe
+        return make_optimizer(
+            {group: stage.rate * rate for group, rate in recipe.rates.items()},
+            steps=steps,
             schedule=recipe.schedule,
             warmup_steps=round(recipe.warmup_epochs * per_epoch),
             weight_decay={
@@ -112,21 +132,28 @@ class Adaptation:
             },
             clip_norm=recipe.clip_norm,
         )
-        step = make_train_step(
-            backbone.network(method.classes),
-            self.tx,
-            frozen_stats=method.frozen_stats,
-            compute_dtype=recipe.compute_dtype,
-            accumulate=recipe.accumulate,
-        )
-        self.step = jax.jit(step, donate_argnums=1)
+
+    def _penalty(self, first: int) -> Penalty | None:
+        penalty = self.method.penalty
+        if penalty is None:
+            return None
+        return lambda delta, step: penalty(delta, (first + step) / self.steps)
 
     def start(self, seed: int) -> TaskState:
         """Make the state before the first step."""
-        delta_key, train_key = jax.random.split(jax.random.key(seed))
-        delta = make_delta(delta_key, self.backbone.shared, self.method.rules)
+        delta_key, _ = jax.random.split(jax.random.key(seed))
+        shared = self.backbone.shared
+        delta = make_delta(delta_key, shared, self.method.rules_for(shared))
+        return self._begin(seed, 0, Task(delta, self.backbone.model_state))
+
+    def _begin(self, seed: int, stage: int, task: Task) -> TaskState:
+        _, key = jax.random.split(jax.random.key(seed))
+        change = self.method.stages[stage].change
         return TaskState.create(
-            delta, self.backbone.model_state, tx=self.tx, key=train_key
+            change(task.delta) if change else task.delta,
+            task.model_state,
+            tx=self._optimizers[stage],
+            key=jax.random.fold_in(key, stage) if stage else key,
         )
 
     def run(
@@ -134,6 +161,7 @@ class Adaptation:
         seed: int,
         *,
         folder: StateFolder | None = None,
+        keep: bool = False,
         on_log: OnLog | None = None,
     ) -> TaskState:
         """Train; go on from `folder`'s last state where there is one.
@@ -141,34 +169,46 @@ class Adaptation:
         Args:
             seed: of the delta's init, the order of examples and their augmentation.
             folder: keeps the state, so that the run can be interrupted.
+            keep: also write the finished state there.
             on_log: called with the step and the means since the last call.
 
         Raises:
             NonFiniteLoss: see `ftn_jax.fit.fit`.
         """
         state = self.start(seed)
-        if folder:
-            state = folder.restore(state) or state
-
-        def batches(start_step: int) -> Any:
-            stream = train_batches(
-                self.source,
-                batch_size=self.recipe.batch_size,
-                transform=self.transform,
-                seed=seed,
-                start_step=start_step,
+        for stage, (first, last) in enumerate(self._bounds):
+            if stage:
+                state = self._begin(seed, stage, state.task)
+            place = folder and (folder if not stage else folder.of(f"stage{stage}"))
+            if place:
+                state = place.restore(state) or state
+            state = fit(
+                self._steps[stage],
+                self.backbone.shared,
+                state,
+                lambda start, first=first: self._batches(seed, first + start),
+                steps=last - first,
+                on_log=_shifted(on_log, first),
+                save=place.save if place else None,
             )
-            return prefetch(stream)
+            if place and (keep or stage + 1 < len(self._bounds)):
+                place.save(state)  # the next stage starts here
+        return state
 
-        return fit(
-            self.step,
-            self.backbone.shared,
-            state,
-            batches,
-            steps=self.steps,
-            on_log=on_log,
-            save=folder.save if folder else None,
+    def _batches(self, seed: int, start_step: int) -> Any:
+        stream = train_batches(
+            self.source,
+            batch_size=self.recipe.batch_size,
+            transform=self.transform,
+            seed=seed,
+            start_step=start_step,
         )
+        return prefetch(stream)
+
+
+def _shifted(on_log: OnLog | None, first: int) -> OnLog | None:
+    """Let a stage's log count the steps of those before."""
+    return on_log and (lambda step, means: on_log(first + step, means))
 
 
 class Evaluator:
@@ -194,6 +234,12 @@ class Evaluator:
         self.batch_size = batch_size
         apply = backbone.network(classes)
         self._outputs = jax.jit(make_eval_step(apply, metrics=None))
+
+    def on(self, shared: Any) -> Self:
+        """Return the same evaluator, compiled once, on another backbone's values."""
+        other = copy(self)
+        other.shared = shared
+        return other
 
     def outputs(self, task: Task, source: Source) -> np.ndarray:
         """Return the network's outputs for every example, in order."""

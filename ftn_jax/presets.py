@@ -6,26 +6,11 @@ follow `RESNET`; for a network of your own write a `Layers` of its paths.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from ftn_jax.core import Rules
+from ftn_jax.method import Layers, Method
 from ftn_jax.nodes.cp import CP, CPInit
 from ftn_jax.nodes.replace import Replace
-
-
-class Layers(NamedTuple):
-    """Patterns of a backbone's leaves; each must match whole paths.
-
-    Attributes:
-        kernels: the kernels that carry factors.
-        norms: scale and bias of every BatchNorm; `None` for a network without.
-        head: kernel and bias of the last layer, classes on the last axis.
-    """
-
-    kernels: str
-    norms: str | None
-    head: str
-
 
 RESNET = Layers(
     # FTN's counts of 16,291 (ResNet-34) and 49,204 (ResNet-50) factors at rank 1 are
@@ -34,20 +19,6 @@ RESNET = Layers(
     norms=r".*bn\d*/(scale|bias)",
     head=r"head/(kernel|bias)",
 )
-
-
-class Method(NamedTuple):
-    """A way to adapt a network to a task of so many classes.
-
-    Attributes:
-        rules: for `make_delta`.
-        classes: number of the task's classes.
-        frozen_stats: for `make_train_step`: keep the pretrained running statistics.
-    """
-
-    rules: Rules
-    classes: int
-    frozen_stats: bool = False
 
 
 def feature_extractor(layers: Layers, *, classes: int) -> Method:

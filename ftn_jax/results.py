@@ -27,7 +27,8 @@ class Row:
         seed: of the run.
         metric: what was measured, on the test set unless it says otherwise.
         value: the number; accuracies are shares between 0 and 1.
-        task_params: parameters that the task adds, without its head.
+        task_params: what the task adds without its head, in words of 32 bits: its
+            parameters, or a 32nd of its mask's bits.
         shared_params: parameters of the backbone, without its head.
         steps: optimizer steps.
         seconds: wall-clock of the training that counted, compilation included; of the

@@ -28,6 +28,11 @@ class StateFolder:
         self.directory = Path(directory).absolute()
         self.keep = keep
 
+    def of(self, name: str) -> "StateFolder":
+        """Return a folder beside this one, for a part of the run."""
+        place = self.directory.with_name(f"{self.directory.name}-{name}")
+        return StateFolder(place, keep=self.keep)
+
     def save(self, state: TaskState) -> None:
         """Write the state, unless it is there."""
         with self._manager() as manager:

@@ -2,27 +2,19 @@
 
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-
-from ftn_jax.adapt import Adaptation, Backbone, Evaluator, Recipe, score
-from ftn_jax.checkpoint import fingerprint, save_task
-from ftn_jax.command import progress_bar
-from ftn_jax.core import count
-from ftn_jax.data import Domain, Source, Transform, describe, digest, split
-from ftn_jax.fit import NonFiniteLoss
-from ftn_jax.paths import path_name
-from ftn_jax.presets import Layers, Method
-from ftn_jax.results import Results, Row
-from ftn_jax.resume import StateFolder
-from ftn_jax.train import TaskState
+from ftn_jax.adapt import Adaptation, Evaluator, Recipe
+from ftn_jax.checkpoint import fingerprint, restore_task
+from ftn_jax.data import Domain, Transform, describe, digest, split
+from ftn_jax.forward import Forward, merged
+from ftn_jax.method import Backbone, Method
+from ftn_jax.results import Results
+from ftn_jax.trial import finish, short_hash, train_best
 
 
 class Contender(NamedTuple):
@@ -32,18 +24,12 @@ class Contender(NamedTuple):
         method: `classes -> Method`.
         rates: learning rates by optimizer group, one mapping for each candidate; the
             first seed tries all, and validation data chooses for every seed.
+        weight_decay: by optimizer group.
     """
 
     method: Callable[[int], Method]
     rates: Sequence[Mapping[str, float]]
-
-
-class _Trained(NamedTuple):
-    state: TaskState
-    rates: dict[str, float]
-    validation: dict[str, float] | None
-    seconds: float
-    steps: int
+    weight_decay: Mapping[str, float] = {}
 
 
 def sweep(
@@ -57,14 +43,16 @@ def sweep(
     eval_transform: Transform,
     seeds: Sequence[int] = (0,),
     validation: float = 0.1,
+    forward: Forward = merged,
     workdir: Path,
 ) -> None:
     """Train and test what `results` does not hold yet.
 
     Validation data is held out of the training data, by class, for every method
     alike; the test data is looked at once, with the rates that validation chose.
-    Every finished task is saved under `workdir/tasks/DOMAIN/METHOD/seedN`; a row that
-    was interrupted goes on from its last state.
+    Every finished task is saved, in its compact form, under
+    `workdir/tasks/DOMAIN/METHOD/seedN`; a row that was interrupted goes on from its
+    last state. Where a method's tasks depend on their order, that is `domains`'.
 
     Args:
         backbone: the frozen network.
@@ -76,6 +64,7 @@ def sweep(
         eval_transform: the same without randomness; saved with each task.
         seeds: of init, data order and augmentation.
         validation: share of the training data that is held out; 0 for none.
+        forward: how training runs the network on `(shared, delta)`.
         workdir: the experiment's folder.
 
     Raises:
@@ -94,8 +83,9 @@ def sweep(
     _check_folders([*contenders, *(r.method for r in results.rows)])
     preprocessing = describe(eval_transform)  # complains before, not after training
     network = "".join(fingerprint(backbone.shared).values())
-    for domain in domains:
-        inputs = _short(network, digest(domain.train), digest(domain.test))
+    prepared: dict[str, Backbone] = {}
+    chains: dict[tuple[str, int], Backbone] = {}
+    for n, domain in enumerate(domains):
         evaluator = Evaluator(
             backbone, classes=domain.num_classes, transform=eval_transform
         )
@@ -103,38 +93,60 @@ def sweep(
         if validation:
             train, held_out = split(domain.train, validation, seed=0)
         for name, contender in contenders.items():
-            find = partial(results.find, name, domain.name, inputs=inputs)
-            todo = [seed for seed in seeds if not find(seed)]
-            if not todo:
-                continue
             method = contender.method(domain.num_classes)
-            candidates = [
-                Adaptation(
-                    backbone,
-                    method,
-                    replace(recipe, rates=rates),
-                    train,
-                    transform=train_transform,
+            known = domains[: n + 1] if method.after else [domain]
+            inputs = short_hash(
+                network, *(digest(x) for d in known for x in (d.train, d.test))
+            )
+            find = partial(results.find, name, domain.name, inputs=inputs)
+            if all(find(seed) for seed in seeds) and not method.after:
+                continue
+            if name not in prepared:
+                prepared[name] = (
+                    method.prepare(backbone) if method.prepare else backbone
                 )
-                for rates in _chosen(results, name, domain.name) or contender.rates
-            ]
-            for seed in todo:
+            candidates: list[Adaptation] = []
+            for seed in seeds:
                 place = Path(slug(domain.name), slug(name), f"seed{seed}")
-                best = _train(
+                own = chains.get((name, seed), prepared[name])
+                if find(seed):
+                    if method.after:
+                        saved = restore_task(workdir / "tasks" / place, own.shared)
+                        chains[name, seed] = method.after(own, saved.task.delta)
+                    continue
+                if not candidates or method.after:
+                    candidates = [
+                        Adaptation(
+                            own,
+                            method,
+                            replace(
+                                recipe,
+                                rates=rates,
+                                weight_decay=contender.weight_decay
+                                or recipe.weight_decay,
+                            ),
+                            train,
+                            transform=train_transform,
+                            forward=forward,
+                        )
+                        for rates in _chosen(results, name, domain.name)
+                        or contender.rates
+                    ]
+                best = train_best(
                     candidates,
                     seed=seed,
                     title=f"{domain.name} / {name} / seed {seed}",
-                    evaluator=evaluator,
+                    evaluator=evaluator.on(own.shared),
                     held_out=held_out,
                     folder=workdir / "state" / place / inputs,
                 )
-                row = _finish(
+                row, delta = finish(
                     best,
                     name=name,
                     domain=domain,
                     seed=seed,
-                    backbone=backbone,
-                    evaluator=evaluator,
+                    backbone=own,
+                    evaluator=evaluator.on(own.shared),
                     preprocessing=preprocessing,
                     folder=workdir / "tasks" / place,
                     inputs=inputs,
@@ -145,6 +157,8 @@ def sweep(
                     },
                 )
                 results.add(row)
+                if method.after:
+                    chains[name, seed] = method.after(own, delta)
                 shutil.rmtree(workdir / "state" / place, ignore_errors=True)
                 print(
                     f"{domain.name:>20}  {name:<24} seed {seed}  "
@@ -155,118 +169,10 @@ def sweep(
                 candidates = [c for c in candidates if c.recipe.rates == best.rates]
 
 
-def _train(
-    candidates: Sequence[Adaptation],
-    *,
-    seed: int,
-    title: str,
-    evaluator: Evaluator,
-    held_out: Source | None,
-    folder: Path,
-) -> _Trained:
-    """Train every candidate; keep the one that does best on the held-out data."""
-    best: _Trained | None = None
-    failure: NonFiniteLoss | None = None
-    for adaptation in candidates:
-        rates = dict(sorted(adaptation.recipe.rates.items()))
-        # Named by what it is: the list of candidates may differ in the next run.
-        states = StateFolder(folder / _short(replace(adaptation.recipe, rates=rates)))
-        start = time.perf_counter()
-        try:
-            with progress_bar(
-                title, steps=adaptation.steps, batch_size=adaptation.recipe.batch_size
-            ) as on_log:
-                state = adaptation.run(seed, folder=states, on_log=on_log)
-        except NonFiniteLoss as error:
-            failure = error
-            continue
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - start
-        validation = evaluator.score(state.task, held_out) if held_out else None
-        if len(candidates) > 1:
-            states.save(state)  # if a later candidate is interrupted, this one is done
-        if best is None or _better(validation, best.validation):
-            best = _Trained(state, rates, validation, seconds, adaptation.steps)
-    if best is None:
-        assert failure is not None
-        raise failure
-    return best
-
-
-def _finish(
-    best: _Trained,
-    *,
-    name: str,
-    domain: Domain,
-    seed: int,
-    backbone: Backbone,
-    evaluator: Evaluator,
-    preprocessing: list[dict[str, Any]],
-    folder: Path,
-    inputs: str,
-    details: dict[str, Any],
-) -> Row:
-    """Look at the test data, save the task, and make its row."""
-    task = best.state.task
-    logits = evaluator.outputs(task, domain.test)
-    test = score(logits, domain.test)
-    save_task(
-        folder,
-        task,
-        shared=backbone.shared,
-        name=domain.name,
-        class_names=domain.class_names,
-        preprocessing=preprocessing,
-        metadata={
-            "method": name,
-            "seed": seed,
-            "accuracy": test["accuracy"],
-            "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
-        },
-    )
-    parts = count(task.delta).by_group
-    return Row(
-        method=name,
-        task=domain.name,
-        seed=seed,
-        metric="accuracy",
-        value=test["accuracy"],
-        task_params=sum(parts.values()) - parts.get("head", 0),
-        shared_params=backbone_size(backbone.shared, backbone.layers),
-        steps=best.steps,
-        seconds=round(best.seconds, 2),
-        by_group=parts,
-        details=details
-        | {
-            "rates": best.rates,
-            "validation": best.validation,
-            "test_loss": test["loss"],
-        },
-        inputs=inputs,
-    )
-
-
-def _better(new: dict[str, float] | None, old: dict[str, float] | None) -> bool:
-    """Compare accuracies, then losses: small sets tie often."""
-    if new is None or old is None:
-        return False
-    return (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
-
-
 def _chosen(results: Results, name: str, domain: str) -> list[dict[str, float]]:
     """Look up the rates that validation chose in an earlier run."""
     rows = [r for r in results.rows if (r.method, r.task) == (name, domain)]
     return [rows[0].details["rates"]] if rows else []
-
-
-def backbone_size(shared: Any, layers: Layers) -> int:
-    """Count the backbone's parameters, its own head left out."""
-    leaves = jax.tree_util.tree_leaves_with_path(shared)
-    return sum(
-        leaf.size
-        for path, leaf in leaves
-        if not re.fullmatch(layers.head, path_name(path))
-    )
 
 
 def _check_folders(names: Sequence[str]) -> None:
@@ -287,8 +193,4 @@ def slug(name: str) -> str:
     """
     plain = re.sub(r"\W+", "_", name.lower()).strip("_")
     spoken = re.sub(r"[ =,+]+", "_", name.lower())
-    return plain if plain == spoken != "" else f"{plain}-{_short(name)}"
-
-
-def _short(*parts: Any) -> str:
-    return sha256(repr(parts).encode()).hexdigest()[:12]
+    return plain if plain == spoken != "" else f"{plain}-{short_hash(name)}"

@@ -1,0 +1,166 @@
+"""One row of a table: train the candidates, keep the best, test it, save it."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ftn_jax.adapt import Adaptation, Evaluator, score
+from ftn_jax.checkpoint import save_task
+from ftn_jax.command import progress_bar
+from ftn_jax.core import compact, count, iter_nodes, split_extras
+from ftn_jax.data import Domain, Source
+from ftn_jax.fit import NonFiniteLoss
+from ftn_jax.method import Backbone
+from ftn_jax.paths import path_name
+from ftn_jax.results import Row
+from ftn_jax.resume import StateFolder
+from ftn_jax.train import TaskState
+
+
+class Trained(NamedTuple):
+    """The best of a row's candidates."""
+
+    state: TaskState
+    rates: dict[str, float]
+    validation: dict[str, float] | None
+    seconds: float
+    steps: int
+
+
+def train_best(
+    candidates: Sequence[Adaptation],
+    *,
+    seed: int,
+    title: str,
+    evaluator: Evaluator,
+    held_out: Source | None,
+    folder: Path,
+) -> Trained:
+    """Train every candidate; keep the one that does best on the held-out data."""
+    best: Trained | None = None
+    failure: NonFiniteLoss | None = None
+    for adaptation in candidates:
+        rates = dict(sorted(adaptation.recipe.rates.items()))
+        # Named by what it is: the list of candidates may differ in the next run.
+        states = StateFolder(
+            folder / short_hash(replace(adaptation.recipe, rates=rates))
+        )
+        start = time.perf_counter()
+        try:
+            with progress_bar(
+                title, steps=adaptation.steps, batch_size=adaptation.recipe.batch_size
+            ) as on_log:
+                # If a later candidate is interrupted, this one is done.
+                state = adaptation.run(
+                    seed, folder=states, keep=len(candidates) > 1, on_log=on_log
+                )
+        except NonFiniteLoss as error:
+            failure = error
+            continue
+        jax.block_until_ready(state)
+        seconds = time.perf_counter() - start
+        validation = evaluator.score(state.task, held_out) if held_out else None
+        if best is None or _better(validation, best.validation):
+            best = Trained(state, rates, validation, seconds, adaptation.steps)
+    if best is None:
+        assert failure is not None
+        raise failure
+    return best
+
+
+def finish(
+    best: Trained,
+    *,
+    name: str,
+    domain: Domain,
+    seed: int,
+    backbone: Backbone,
+    evaluator: Evaluator,
+    preprocessing: list[dict[str, Any]],
+    folder: Path,
+    inputs: str,
+    details: dict[str, Any],
+) -> tuple[Row, Any]:
+    """Look at the test data, save the task, and make its row."""
+    task = replace(best.state.task, delta=compact(best.state.task.delta))
+    logits = evaluator.outputs(task, domain.test)
+    test = score(logits, domain.test)
+    save_task(
+        folder,
+        task,
+        shared=backbone.shared,
+        name=domain.name,
+        class_names=domain.class_names,
+        preprocessing=preprocessing,
+        metadata={
+            "method": name,
+            "seed": seed,
+            "accuracy": test["accuracy"],
+            "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
+        },
+    )
+    parts = count(best.state.task.delta).by_group
+    row = Row(
+        method=name,
+        task=domain.name,
+        seed=seed,
+        metric="accuracy",
+        value=test["accuracy"],
+        task_params=stored_size(task.delta),
+        shared_params=backbone_size(backbone),
+        steps=best.steps,
+        seconds=round(best.seconds, 2),
+        by_group=parts,
+        details=details
+        | {
+            "rates": best.rates,
+            "validation": best.validation,
+            "test_loss": test["loss"],
+            "stored_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
+        },
+        inputs=inputs,
+    )
+    return row, task.delta
+
+
+def _better(new: dict[str, float] | None, old: dict[str, float] | None) -> bool:
+    """Compare accuracies, then losses: small sets tie often."""
+    if new is None or old is None:
+        return False
+    return (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
+
+
+def stored_size(delta: Any) -> int:
+    """Count what a finished task keeps beside its head, in words of 32 bits.
+
+    For factors, norms and weights this is the number of parameters; a mask of one bit
+    for each weight counts a 32nd of it.
+    """
+    arrays = [
+        x
+        for _, node in iter_nodes(delta)
+        if node.group != "head"
+        for x in jax.tree.leaves(node)
+    ]
+    return -(-sum(x.size * x.dtype.itemsize for x in arrays) // 4)
+
+
+def backbone_size(backbone: Backbone) -> int:
+    """Count the backbone's parameters, its own head left out."""
+    params, _ = split_extras(backbone.shared)
+    return sum(
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not re.fullmatch(backbone.layers.head, path_name(path))
+    )
+
+
+def short_hash(*parts: Any) -> str:
+    """Hash what `repr` tells of the parts."""
+    return sha256(repr(parts).encode()).hexdigest()[:12]
