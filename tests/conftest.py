@@ -10,7 +10,7 @@ from saved import DESCRIPTION, backbone, task
 from ftn_jax import save_task
 
 # Doctest collection would import these a second time, under another name.
-collect_ignore = ["saved.py", "toy.py", "trees.py", "weights.py"]
+collect_ignore = ["formulas", "saved.py", "toy.py", "trees.py", "weights.py"]
 
 # Two devices on any machine, so that pmap and shard_map have something to map over.
 jax.config.update("jax_num_cpu_devices", 2)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weights import WEIGHTS, cp_formula, randomized, weight
+from formulas import FORMULAS
+from weights import WEIGHTS, randomized, weight
 
 from ftn_jax.nodes import CP
 
@@ -56,7 +57,7 @@ def test_cp_over_any_groups_of_axes(key, axes):
     shapes = [(math.prod(sizes[a] for a in span), 3) for span in axes]
     factors = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     node = CP(factors, axes=axes, scale=0.5)
-    expected = cp_formula(np.asarray(w), node)
+    expected = FORMULAS["CP"](np.asarray(w), node)
     np.testing.assert_allclose(node.merge(w), expected, atol=1e-5)
     assert np.abs(expected - w).max() > 1e-2
     made = jax.eval_shape(lambda k: CP.init(k, w, rank=3, axes=axes), key)

@@ -1,5 +1,6 @@
 """One contract for every node type, and the layers that run on what it merges."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -11,28 +12,64 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from weights import WEIGHTS, cp_formula, randomized, weight
+from formulas import (
+    EXTRAS,
+    FORMULAS,
+    STARTS,
+    STARTS_ELSEWHERE,
+    STARTS_WITHIN_ROUNDING,
+    VARIANTS,
+)
+from weights import WEIGHTS, randomized, weight
 
 import ftn_jax.nodes
-from ftn_jax import Node, Task, make_delta, materialize, restore_task, save_task
+from ftn_jax import (
+    Task,
+    extend,
+    make_delta,
+    materialize,
+    restore_task,
+    save_task,
+)
+from ftn_jax.core import complete
+from ftn_jax.node import Node, is_node
+from ftn_jax.paths import path_name
 
 for found in pkgutil.iter_modules(ftn_jax.nodes.__path__):
     importlib.import_module(f"ftn_jax.nodes.{found.name}")
 TYPES = {n: t for n, t in Node.types.items() if t.__module__.startswith("ftn_jax.")}
 
-# A new type of node joins the contract by adding its formula here.
-FORMULAS = {"CP": cp_formula, "Replace": lambda w, node: np.array(node.value, float)}
-# Types whose default start is not the pretrained network, and why.
-STARTS_ELSEWHERE: dict[str, str] = {}
+# Every type with its default start, and the options that deserve the same care.
+KINDS = {name: (name, STARTS.get(name)) for name in TYPES} | VARIANTS
 
 
 def start(kind, key, w):
-    init = TYPES[kind].init
-    options = {"rank": 2} if "rank" in inspect.signature(init).parameters else {}
-    return init(key, w, **options)
+    """Return a complete node: what lies beside the backbone is in its fields."""
+    node, extra = begin(kind, key, w)
+    return node.replace(**{n: extra[k][n] for n, k in node.beside_fields.items()})
 
 
-@pytest.fixture(params=sorted(TYPES))
+def begin(kind, key, w):
+    """Return a node as it stands in a delta, and what lies beside the backbone."""
+    name, init = KINDS[kind]
+    extra = EXTRAS[name](w) if name in EXTRAS else {}
+    if init is not None:
+        return init(key, w, extra), extra
+    init = TYPES[name].init
+    known = {"rank": 2, "extra": extra}
+    options = {k: known[k] for k in inspect.signature(init).parameters if k in known}
+    return init(key, w, **options), extra
+
+
+def formula(kind, w, node):
+    return FORMULAS[KINDS[kind][0]](np.asarray(w, np.float64), node)
+
+
+def floats(node):
+    return [x for x in jax.tree.leaves(node) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@pytest.fixture(params=sorted(KINDS))
 def kind(request):
     return request.param
 
@@ -53,17 +90,19 @@ def node(kind, w, key):
 # The contract ---------------------------------------------------------------------
 
 
-def test_every_family_is_here(kind):
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_every_family_is_here(name, key):
     assert {"CP", "Replace"} <= set(TYPES)
-    assert kind in FORMULAS, f"add {kind}'s float64 formula to FORMULAS"
-    assert TYPES[kind].__doc__ and kind in ftn_jax.nodes.__all__
+    assert name in FORMULAS, f"add {name}'s float64 formula to tests/formulas"
+    assert TYPES[name].__doc__ and name in ftn_jax.nodes.__all__
+    assert start(name, key, weight("conv2d")).merge(weight("conv2d")).shape
 
 
 def test_merge_agrees_with_the_formula_and_keeps_shape_and_dtype(kind, node, w):
     node = randomized(node)
     merged = node.merge(w)
     assert merged.shape == w.shape and merged.dtype == w.dtype
-    expected = FORMULAS[kind](np.asarray(w), node)
+    expected = formula(kind, w, node)
     tolerance = 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(merged, expected, atol=tolerance, rtol=0)
     assert np.abs(merged - w).max() > 100 * tolerance
@@ -83,18 +122,36 @@ def test_merge_runs_under_jit_vmap_and_strict_promotion(node, w):
 
 
 def test_starts_at_the_pretrained_weight(kind, node, w):
-    same = np.array_equal(node.merge(w), w)
-    assert same == (kind not in STARTS_ELSEWHERE)
+    error = np.abs(np.asarray(node.merge(w)) - w).max()
+    if KINDS[kind][0] in STARTS_ELSEWHERE or kind in STARTS_ELSEWHERE:
+        assert error > 1e-4
+    elif KINDS[kind][0] in STARTS_WITHIN_ROUNDING:
+        assert error < 1e-6 * np.abs(w).max()
+    else:
+        assert error == 0
 
 
 def test_gradient_is_finite_and_reaches_every_array_after_one_step(node, w):
     target = w + jnp.asarray(np.random.default_rng(1).normal(size=w.shape), w.dtype)
-    loss = jax.jit(jax.grad(lambda n: ((n.merge(w) - target) ** 2).sum()))
-    first = loss(node)
-    moved = jax.tree.map(lambda x, g: x - 0.1 * g, node, first)
-    for grads in (first, loss(moved)):
+    fixed = {n: getattr(node, n) for n in node.frozen_fields}
+    own = node.replace(**dict.fromkeys(fixed))
+    loss = jax.jit(
+        jax.grad(lambda n: ((n.replace(**fixed).merge(w) - target) ** 2).sum())
+    )
+    first = loss(own)
+    moved = jax.tree.map(lambda x, g: x - 0.1 * g, own, first)
+    second = loss(moved)
+    for grads in (first, second):
         assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(loss(moved)))
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(second))
+
+
+def test_compact_merges_the_same_bytes(node, w):
+    node = randomized(node)
+    small = node.compact()
+    found = w if small is None else jax.jit(lambda n, w: n.merge(w))(small, w)
+    expected = jax.jit(lambda n, w: n.merge(w))(node, w)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("how", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -102,7 +159,7 @@ def test_trap_1_a_node_owns_its_buffers(kind, key, how):
     """Donating or deleting a task must not take the backbone's weight with it."""
     w = weight("conv2d")
     before = np.array(w)
-    node = how(partial(start, kind))(key, w)
+    node = how(lambda key, w: begin(kind, key, w)[0])(key, w)
     places = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(node)}
     assert w.unsafe_buffer_pointer() not in places
     double = jax.jit(lambda n: jax.tree.map(lambda x: 2 * x, n), donate_argnums=0)
@@ -114,8 +171,8 @@ def test_trap_1_a_node_owns_its_buffers(kind, key, how):
 
 
 def test_trap_1_a_numpy_weight_is_copied_too(kind, key):
-    w = np.array(weight("dense"))
-    node = start(kind, key, w)
+    w = np.array(weight("conv2d"))
+    node, _ = begin(kind, key, w)
     before = jax.tree.map(np.array, node)
     w[:] = np.nan
     chex.assert_trees_all_equal(node, before)
@@ -134,18 +191,27 @@ def test_same_key_same_start_and_vmapped_starts(kind, key):
 def test_arrays_are_float32_even_for_a_low_precision_weight(kind, key, dtype):
     w = weight("conv2d", dtype)
     node = randomized(start(kind, key, w))
-    assert {x.dtype for x in jax.tree.leaves(node)} == {jnp.dtype(jnp.float32)}
-    once = jnp.asarray(FORMULAS[kind](np.asarray(w, np.float64), node), dtype)
+    assert {x.dtype for x in floats(node)} <= {jnp.dtype(jnp.float32)}
+    once = jnp.asarray(formula(kind, w, node), dtype)
     eps = float(jnp.finfo(dtype).eps)
-    found = np.asarray(node.merge(w), np.float64)
-    low = jax.tree.map(lambda x: x.astype(dtype), node)
+    found, once = (np.asarray(x, np.float64) for x in (node.merge(w), once))
+    np.testing.assert_allclose(found, once, rtol=eps, atol=1e-5 * np.abs(once).max())
+    low = jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, node
+    )
     with jax.numpy_dtype_promotion("strict"):
         assert low.merge(w).dtype == w.dtype
-    np.testing.assert_allclose(found, np.asarray(once, np.float64), rtol=eps)
 
 
-def test_saved_and_restored_exactly(node, w, tmp_path):
-    shared, delta = {"layer": {"w": w}}, {"layer": {"w": randomized(node)}}
+def test_saved_and_restored_exactly(kind, w, key, tmp_path):
+    try:
+        node, extra = begin(kind, key, w)
+    except ValueError as refusal:
+        pytest.skip(f"{kind} is not for a weight of shape {w.shape}: {refusal}")
+    place = node.share or "layer/w"
+    beside = {k: {place: arrays} for k, arrays in extra.items()}
+    shared = extend({"layer": {"w": w}}, **beside)
+    delta = {"layer": {"w": randomized(node)}}
     save_task(tmp_path, Task(delta, {}), shared=shared, name="one")
     found = restore_task(tmp_path, shared).task.delta
     assert jax.tree.structure(found) == jax.tree.structure(delta)
@@ -192,21 +258,35 @@ def layer(name, dtype=jnp.float32):
 
 def check_layer(kind, name, key, *, dtype, tolerance):
     shared, x, run = layer(name, dtype)
-    delta = make_delta(key, shared, {"(.*/)?kernel": partial(start, kind)})
-    delta = randomized(delta)
-    by_hand = jax.tree.map(
-        lambda w, node: (
-            w
-            if node is None
-            else jnp.asarray(FORMULAS[kind](np.asarray(w, np.float64), node), w.dtype)
-        ),
-        shared,
-        delta,
-        is_leaf=lambda x: x is None or isinstance(x, Node),
+    # Each kernel under a label of its own: what nodes share is tested elsewhere.
+    extras = {}
+
+    def init(path, key, w):
+        node, extra = begin(kind, key, w)
+        if node.share is not None:
+            node = dataclasses.replace(node, share=path)
+        for beside, arrays in extra.items():
+            extras.setdefault(beside, {})[path] = arrays
+        return node
+
+    kernels = [
+        path_name(p)
+        for p, _ in jax.tree_util.tree_leaves_with_path(shared)
+        if path_name(p).endswith("kernel")
+    ]
+    try:
+        delta = make_delta(key, shared, {p: partial(init, p) for p in kernels})
+    except ValueError as refusal:
+        pytest.skip(f"{kind} is not for this layer: {refusal}")
+    delta = jax.tree.map(randomized, delta, is_leaf=is_node)
+    shared = extend(shared, **extras)
+    by_hand = jax.tree.structure(shared.params).unflatten(
+        w if node is None else jnp.asarray(formula(kind, w, node), w.dtype)
+        for _, w, node in complete(shared, delta)
     )
     found, expected, frozen = (
         np.asarray(run({"params": params}, x), np.float64)
-        for params in (materialize(shared, delta), by_hand, shared)
+        for params in (materialize(shared, delta), by_hand, shared.params)
     )
     size = np.abs(expected).max()
     np.testing.assert_allclose(found, expected, atol=tolerance * size, rtol=0)
@@ -214,10 +294,16 @@ def check_layer(kind, name, key, *, dtype, tolerance):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer_runs_with_the_merged_kernel(kind, name, key):
+def test_layer_runs_with_the_merged_kernel(name, key):
+    check_layer("CP", name, key, dtype=jnp.float32, tolerance=1e-5)
+
+
+# What a layer makes of its kernel does not depend on the node: a few will do.
+@pytest.mark.parametrize("name", ["explicit", "groups", "attention"])
+def test_layer_runs_with_any_nodes_kernel(kind, name, key):
     check_layer(kind, name, key, dtype=jnp.float32, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv", "groups", "reflect", "attention"])
+@pytest.mark.parametrize("name", ["conv", "attention"])
 def test_layer_in_bfloat16(kind, name, key):
     check_layer(kind, name, key, dtype=jnp.bfloat16, tolerance=2e-2)
