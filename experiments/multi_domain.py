@@ -9,13 +9,15 @@ data is split in a training and a validation part; where a rate has several cand
 the validation part chooses, and the test images are looked at once. Without --data
 the domain is scikit-learn's handwritten digits.
 
-Rows: feature extractor (new head on a frozen network), BN + head, FTN at each rank
-and init, fine-tuning. Expected order of the means, from FTN (arXiv 2310.06124)
-Tables 1 and 2: feature extractor < BN + head < FTN R=1 < larger ranks <= fine-tuning.
+Rows: the methods of `ftn_jax.presets`, by default feature extractor (new head on a
+frozen network), BN + head, FTN at each rank and init, fine-tuning; `--methods all`
+takes the whole shelf, each method at its published size or, with `--budget 0.05`, at
+one common size. Expected order of the means, from FTN (arXiv 2310.06124) Tables 1 and
+2: feature extractor < BN + head < FTN R=1 < larger ranks <= fine-tuning.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,21 +46,58 @@ from ftn_jax.data import (
 from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
 from ftn_jax.nodes.cp import CPInit
-from ftn_jax.presets import (
-    RESNET,
-    Layers,
-    Method,
-    bn_head,
-    feature_extractor,
-    fine_tuning,
-    ftn,
-)
+from ftn_jax.presets import METHODS, RESNET
+from ftn_jax.presets.budget import KNOBS, fit_to, planned_groups
 from ftn_jax.pretrained import load_resnet
 from ftn_jax.results import Results
 from ftn_jax.sweep import Contender, sweep
 from ftn_jax.tables import report
 
-MethodName = Literal["feature_extractor", "bn_head", "ftn", "fine_tuning"]
+MethodName = Literal[
+    "all",
+    "feature_extractor",
+    "bn_head",
+    "bias_only",
+    "ftn",
+    "lora",
+    "dora",
+    "kadaptation",
+    "svft",
+    "ssf",
+    "tucker",
+    "parallel_adapters",
+    "series_adapters",
+    "svd_adapters",
+    "factored_adapters",
+    "rcm",
+    "piggyback",
+    "wtpb",
+    "ba2",
+    "taps",
+    "packnet",
+    "fine_tuning",
+]
+# What a preset needs to be told; where the papers say so, their values.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4},
+    "dora": {"rank": 4},
+    "factored_adapters": {"rank": 0.5},
+}
+LABELS = {
+    "bn_head": "BN + head",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "kadaptation": "KAdaptation",
+    "svft": "SVFT",
+    "ssf": "SSF",
+    "tucker": "latent Tucker",
+    "rcm": "RCM",
+    "wtpb": "WTPB",
+    "ba2": "BA2",
+    "taps": "TAPS",
+    "packnet": "PackNet",
+    "fine_tuning": "fine-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +122,12 @@ class Config:
         "ftn",
         "fine_tuning",
     )
-    """Rows of the table."""
+    """Rows of the table: names of ftn_jax.presets, or all of them."""
+    budget: float | None = None
+    """Give every method that comes in sizes the one nearest to this share of the
+    backbone (0.05), norms included; default: its published size."""
     ranks: tuple[int, ...] = (1, 10)
-    """Ranks of the FTN rows."""
+    """Ranks of the FTN rows, without a budget."""
     inits: tuple[CPInit, ...] = ("taps",)
     """Inits of the FTN rows; see CP.init."""
     seeds: tuple[int, ...] = (0,)
@@ -111,11 +153,18 @@ class Config:
     rates: tuple[float, ...] = (8e-3,)
     """SGD's peak rate on norms and head, without factors; several are candidates."""
     factor_rates: tuple[float, ...] = (5e-3,)
-    """Adam's peak rate on FTN's factors; several are candidates."""
+    """Adam's peak rate on factors (FTN, LoRA, ...); several are candidates."""
     ftn_rate: float = 8e-3
-    """SGD's peak rate on norms and head of the FTN rows."""
+    """SGD's peak rate on norms and head, beside factors and masks."""
+    mask_rates: tuple[float, ...] = (1e-4,)
+    """Adam's peak rate on masks and switches; several are candidates."""
+    adapter_rates: tuple[float, ...] = (1e-1,)
+    """SGD's peak rate on residual adapters; several are candidates."""
+    adapter_decay: float = 5e-4
+    """Weight decay of residual adapters, which shrinks them to the backbone."""
     fine_tuning_rates: tuple[float, ...] = (5e-3,)
-    """SGD's peak rate of fine-tuning; several are candidates."""
+    """SGD's peak rate on whole weights (fine-tuning, TAPS, PackNet); several are
+    candidates."""
     bf16: bool = False
     """Compute in bfloat16; factors, norms and optimizer stay in float32."""
 
@@ -170,36 +219,60 @@ def load_domains(cfg: Config) -> list[Domain]:
     return [d.limited(train=cfg.max_train, test=cfg.max_test) for d in domains]
 
 
-def contenders(cfg: Config, layers: Layers) -> dict[str, Contender]:
+def contenders(cfg: Config, backbone: Backbone) -> dict[str, Contender]:
     """List the rows of the table: each method's rules and candidate rates."""
-    plain = [{"norm": rate, "head": rate} for rate in cfg.rates]
+    names = [name for name in METHODS if {name, "all"} & {*cfg.methods}]
     rows: dict[str, Contender] = {}
 
-    def add(name: str, preset: Callable[..., Method], rates: Sequence[Any], **kw: Any):
-        def method(classes: int) -> Method:
-            return preset(layers, classes=classes, **kw)
+    def add(label: str, name: str, **options: Any) -> None:
+        method = partial(METHODS[name], backbone.layers, **options)
+        groups = planned_groups(backbone, method(classes=2))
+        rows[label] = Contender(
+            lambda classes: method(classes=classes),
+            candidates(cfg, groups),
+            {"adapters": cfg.adapter_decay} if "adapters" in groups else {},
+        )
 
-        rows[name] = Contender(method, rates)
-
-    for method in cfg.methods:
-        if method == "feature_extractor":
-            add("feature extractor", feature_extractor, plain)
-        elif method == "bn_head":
-            add("BN + head", bn_head, plain)
-        elif method == "fine_tuning":
-            rates = [
-                dict.fromkeys(("weights", "norm", "head"), rate)
-                for rate in cfg.fine_tuning_rates
-            ]
-            add("fine-tuning", fine_tuning, rates)
-        else:
-            base = {"norm": cfg.ftn_rate, "head": cfg.ftn_rate}
-            rates = [base | {"factors": rate} for rate in cfg.factor_rates]
-            for rank in cfg.ranks:
-                for init in cfg.inits:
-                    name = f"FTN R={rank}, {init}"
-                    add(name, ftn, rates, rank=rank, init=init)
+    for name in names:
+        label = LABELS.get(name, name.replace("_", " "))
+        if name == "ftn":
+            for init in cfg.inits:
+                ranks = cfg.ranks
+                if cfg.budget is not None:
+                    fit = fit_to(
+                        backbone, METHODS[name], name=name, share=cfg.budget, init=init
+                    )
+                    ranks = (fit["rank"],)
+                for rank in ranks:
+                    add(f"FTN R={rank}, {init}", name, rank=rank, init=init)
+            continue
+        options = OPTIONS.get(name, {})
+        if cfg.budget is not None:
+            # Adapters cut to a low rank have the size of those that start with it.
+            knob = {"svd_adapters": "factored_adapters"}.get(name, name)
+            if knob in KNOBS:
+                options = fit_to(backbone, METHODS[knob], name=knob, share=cfg.budget)
+        size = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in options.items())
+        add(f"{label}, {size}" if size else label, name, **options)
     return rows
+
+
+def candidates(cfg: Config, groups: set[str]) -> list[dict[str, float]]:
+    """List the rates to try for a delta of these optimizer groups."""
+    rest = groups & {"norm", "head"}
+    own = groups - rest
+    if not own:
+        return [dict.fromkeys(rest, rate) for rate in cfg.rates]
+    if "weights" in own:
+        return [dict.fromkeys(groups, rate) for rate in cfg.fine_tuning_rates]
+    rates = {
+        "factors": cfg.factor_rates,
+        "masks": cfg.mask_rates,
+        "adapters": cfg.adapter_rates,
+    }
+    (group,) = own
+    base = dict.fromkeys(rest, cfg.ftn_rate)
+    return [base | {group: rate} for rate in rates[group]]
 
 
 def transforms(cfg: Config) -> tuple[Compose, Compose]:
@@ -218,13 +291,22 @@ def main(cfg: Config) -> Results:
         cfg.workdir,
         experiment="multi_domain",
         config=asdict(cfg),
-        free=("data", "workdir", "domains", "methods", "ranks", "inits", "seeds"),
+        free=(
+            "data",
+            "workdir",
+            "domains",
+            "methods",
+            "budget",
+            "ranks",
+            "inits",
+            "seeds",
+        ),
     )
     train_transform, eval_transform = transforms(cfg)
     sweep(
         backbone,
         domains,
-        contenders(cfg, backbone.layers),
+        contenders(cfg, backbone),
         results=results,
         recipe=Recipe(
             epochs=cfg.epochs,

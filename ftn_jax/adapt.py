@@ -104,6 +104,11 @@ class Adaptation:
             )
         ends = [round(self.steps * x) for x in accumulate(shares)]
         self._bounds = list(zip([0, *ends], ends, strict=False))
+        if any(first == last for first, last in self._bounds):
+            raise ValueError(
+                f"{self.steps} steps are too few for the method's stages, which have "
+                f"shares of {shares}; train longer or in smaller batches"
+            )
         apply = backbone.network(method.classes)
         self._optimizers, self._steps = [], []
         for stage, (first, last) in zip(method.stages, self._bounds, strict=True):

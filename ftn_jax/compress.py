@@ -24,6 +24,9 @@ from ftn_jax.nodes.adapter_svd import (
 )
 from ftn_jax.paths import path_name, some
 
+ADAPTERS = (ParallelAdapter, FactoredAdapter)
+"""The nodes whose `alpha` can be compressed."""
+
 
 class Compressed(NamedTuple):
     """One task's compressed adapters.
@@ -99,7 +102,7 @@ def joint_bases(
     found: dict[str, list[Any]] = {}
     for delta in deltas:
         for path, node in iter_nodes(delta):
-            if _is_adapter(node):
+            if isinstance(node, ADAPTERS):
                 found.setdefault(path, []).append(node.alpha)
     if not found:
         raise ValueError(
@@ -150,7 +153,7 @@ def share_adapters(shared: Extended, delta: Any) -> Compressed:
         eps = float(jnp.finfo(beta.dtype).eps)
         gamma = np.linalg.lstsq(basis, alpha, rcond=eps)[0]
         gamma = jnp.asarray(gamma, node.alpha.dtype)
-        return SharedBasisAdapter(gamma, tap=node.tap, group=node.group)
+        return SharedBasisAdapter(gamma, tap=node.tap, beta=None, group=node.group)
 
     def rebuilt(path: str, node: Any) -> Any:
         return _float64(bases[path]["beta"]) @ _float64(node.gamma)
@@ -190,7 +193,7 @@ def _compress(
     errors: dict[str, float] = {}
 
     def one(key_path: Any, node: Any) -> Any:
-        if not _is_adapter(node):
+        if not isinstance(node, ADAPTERS):
             return node
         path = path_name(key_path)
         new, old = change(path, node), _float64(node.alpha)
@@ -211,13 +214,9 @@ def _is_number(rank: Any) -> bool:
     return isinstance(rank, (int, np.integer))
 
 
-def _is_adapter(node: Any) -> bool:
-    return isinstance(node, (ParallelAdapter, FactoredAdapter))
-
-
 def _svd(
     x: Any, rank: int | float
-) -> tuple[Float[np.ndarray, "a k"], Float[np.ndarray, "k"], Float[np.ndarray, "k b"]]:
+) -> tuple[Float[np.ndarray, "a k"], Float[np.ndarray, " k"], Float[np.ndarray, "k b"]]:
     u, s, vt = np.linalg.svd(_float64(x), full_matrices=False)
     k = resolve_rank(rank, len(s))
     return u[:, :k], s[:k], vt[:k]

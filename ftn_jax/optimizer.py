@@ -20,10 +20,10 @@ def make_optimizer(
     power: float = 0.9,
     weight_decay: Mapping[str, float] | None = None,
     momentum: float = 0.9,
-    adam: tuple[str, ...] = ("factors",),
+    adam: tuple[str, ...] = ("factors", "masks"),
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """Build the papers' optimizer: Adam for factors, SGD for norms and heads.
+    """Build the papers' optimizer: Adam for factors and masks, SGD for the rest.
 
     Source: FTN supplement (arXiv 2310.06124), training details: Adam 0.005 on the
     factors and SGD 0.005 to 0.008 on BatchNorm and head, cosine.

@@ -108,8 +108,9 @@ def _outputs(tree: Any) -> dict[str, list[Any]]:
     """List the captured outputs of every module by its kernel's path."""
     found: dict[str, list[Any]] = {}
     for path, y in jax.tree_util.tree_leaves_with_path(tree):
-        *module, _, _ = path_name(path).split("/")  # ..., "__call__", number of call
-        found.setdefault(_kernel_path(tuple(module)), []).append(y)
+        *module, method, _ = path_name(path).split("/")  # and the number of the call
+        if method == "__call__":  # the network may keep intermediates of its own
+            found.setdefault(_kernel_path(tuple(module)), []).append(y)
     return found
 
 
@@ -126,8 +127,6 @@ def _draw(
     y = y.reshape(y.shape[0], -1, size).astype(jnp.float32)
     n, pixels, _ = y.shape
     if positions is not None and positions < pixels:
-        pick = jax.vmap(
-            lambda k: jax.random.choice(k, pixels, (positions,), replace=False)
-        )(jax.random.split(key, n))
+        _, pick = jax.lax.top_k(jax.random.uniform(key, (n, pixels)), positions)
         y = jnp.take_along_axis(y, pick[:, :, None], axis=1)
     return y.reshape(-1, size)

@@ -1,6 +1,5 @@
 """One row of a table: train the candidates, keep the best, test it, save it."""
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,13 +12,13 @@ import jax
 from ftn_jax.adapt import Adaptation, Evaluator, score
 from ftn_jax.checkpoint import save_task
 from ftn_jax.command import progress_bar
-from ftn_jax.core import compact, count, iter_nodes, split_extras
+from ftn_jax.core import compact, count
 from ftn_jax.data import Domain, Source
 from ftn_jax.fit import NonFiniteLoss
 from ftn_jax.method import Backbone
-from ftn_jax.paths import path_name
 from ftn_jax.results import Row
 from ftn_jax.resume import StateFolder
+from ftn_jax.sizes import backbone_size, stored_size
 from ftn_jax.train import TaskState
 
 
@@ -134,31 +133,6 @@ def _better(new: dict[str, float] | None, old: dict[str, float] | None) -> bool:
     if new is None or old is None:
         return False
     return (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
-
-
-def stored_size(delta: Any) -> int:
-    """Count what a finished task keeps beside its head, in words of 32 bits.
-
-    For factors, norms and weights this is the number of parameters; a mask of one bit
-    for each weight counts a 32nd of it.
-    """
-    arrays = [
-        x
-        for _, node in iter_nodes(delta)
-        if node.group != "head"
-        for x in jax.tree.leaves(node)
-    ]
-    return -(-sum(x.size * x.dtype.itemsize for x in arrays) // 4)
-
-
-def backbone_size(backbone: Backbone) -> int:
-    """Count the backbone's parameters, its own head left out."""
-    params, _ = split_extras(backbone.shared)
-    return sum(
-        leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not re.fullmatch(backbone.layers.head, path_name(path))
-    )
 
 
 def short_hash(*parts: Any) -> str:

@@ -1,24 +1,12 @@
-"""Which leaves each method of the papers touches: rules by name, each with its source.
+"""The papers' own method and the baselines around it."""
 
-A backbone is described by three patterns, so that a preset serves any network: ours
-follow `RESNET`; for a network of your own write a `Layers` of its paths.
-"""
-
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from ftn_jax.method import Layers, Method
 from ftn_jax.nodes.cp import CP, CPInit
 from ftn_jax.nodes.replace import Replace
-
-RESNET = Layers(
-    # FTN's counts of 16,291 (ResNet-34) and 49,204 (ResNet-50) factors at rank 1 are
-    # those of every convolution but the stem, 1x1 shortcuts included.
-    kernels=r"(?!stem/).*conv\d*/kernel",
-    norms=r".*bn\d*/(scale|bias)",
-    head=r"head/(kernel|bias)",
-)
+from ftn_jax.presets.patterns import head_rules, norm_rules
 
 
 def feature_extractor(layers: Layers, *, classes: int) -> Method:
@@ -28,7 +16,7 @@ def feature_extractor(layers: Layers, *, classes: int) -> Method:
     say which statistics it uses; this is the reading in which nothing but the head
     depends on the task.
     """
-    return Method(_head(layers, classes), classes, frozen_stats=True)
+    return Method(head_rules(layers, classes), classes, frozen_stats=True)
 
 
 def bn_head(layers: Layers, *, classes: int) -> Method:
@@ -36,7 +24,16 @@ def bn_head(layers: Layers, *, classes: int) -> Method:
 
     Source: FTN (arXiv 2310.06124), baseline "FC and BN only".
     """
-    return Method(_norms(layers) | _head(layers, classes), classes)
+    return Method(norm_rules(layers) | head_rules(layers, classes), classes)
+
+
+def bias_only(layers: Layers, *, classes: int) -> Method:
+    """Train every bias, those of the norms among them, and a new head.
+
+    Source: BitFit (arXiv 2106.10199), section 3.
+    """
+    biases = {".*/bias": partial(Replace.init, group="norm")}
+    return Method(head_rules(layers, classes) | biases, classes)
 
 
 def ftn(
@@ -59,7 +56,7 @@ def ftn(
         options: passed to `CP.init`.
     """
     factors = partial(CP.init, rank=rank, init=init, **options)
-    rules = {layers.kernels: factors} | _norms(layers) | _head(layers, classes)
+    rules = {layers.kernels: factors} | norm_rules(layers) | head_rules(layers, classes)
     return Method(rules, classes)
 
 
@@ -69,22 +66,4 @@ def fine_tuning(layers: Layers, *, classes: int) -> Method:
     Source: FTN (arXiv 2310.06124), baseline "Fine-tuning".
     """
     rest = {".*": partial(Replace.init, group="weights")}
-    return Method(_norms(layers) | _head(layers, classes) | rest, classes)
-
-
-METHODS: dict[str, Callable[..., Method]] = {
-    "feature_extractor": feature_extractor,
-    "bn_head": bn_head,
-    "ftn": ftn,
-    "fine_tuning": fine_tuning,
-}
-
-
-def _norms(layers: Layers) -> dict[str, Any]:
-    if layers.norms is None:
-        return {}
-    return {layers.norms: partial(Replace.init, group="norm")}
-
-
-def _head(layers: Layers, classes: int) -> dict[str, Any]:
-    return {layers.head: partial(Replace.init, group="head", shape=(..., classes))}
+    return Method(norm_rules(layers) | head_rules(layers, classes) | rest, classes)
