@@ -167,6 +167,7 @@ class Adaptation:
         *,
         folder: StateFolder | None = None,
         keep: bool = False,
+        task: Task | None = None,
         on_log: OnLog | None = None,
     ) -> TaskState:
         """Train; go on from `folder`'s last state where there is one.
@@ -175,12 +176,13 @@ class Adaptation:
             seed: of the delta's init, the order of examples and their augmentation.
             folder: keeps the state, so that the run can be interrupted.
             keep: also write the finished state there.
+            task: where to start, instead of the method's rules and init.
             on_log: called with the step and the means since the last call.
 
         Raises:
             NonFiniteLoss: see `ftn_jax.fit.fit`.
         """
-        state = self.start(seed)
+        state = self._begin(seed, 0, task) if task else self.start(seed)
         for stage, (first, last) in enumerate(self._bounds):
             if stage:
                 state = self._begin(seed, stage, state.task)

@@ -19,13 +19,13 @@ from ftn_jax.method import Backbone
 from ftn_jax.results import Row
 from ftn_jax.resume import StateFolder
 from ftn_jax.sizes import backbone_size, stored_size
-from ftn_jax.train import TaskState
+from ftn_jax.train import Task
 
 
 class Trained(NamedTuple):
     """The best of a row's candidates."""
 
-    state: TaskState
+    task: Task
     rates: dict[str, float]
     validation: dict[str, float] | None
     seconds: float
@@ -66,7 +66,7 @@ def train_best(
         seconds = time.perf_counter() - start
         validation = evaluator.score(state.task, held_out) if held_out else None
         if best is None or _better(validation, best.validation):
-            best = Trained(state, rates, validation, seconds, adaptation.steps)
+            best = Trained(state.task, rates, validation, seconds, adaptation.steps)
     if best is None:
         assert failure is not None
         raise failure
@@ -87,7 +87,7 @@ def finish(
     details: dict[str, Any],
 ) -> tuple[Row, Any]:
     """Look at the test data, save the task, and make its row."""
-    task = replace(best.state.task, delta=compact(best.state.task.delta))
+    task = replace(best.task, delta=compact(best.task.delta))
     logits = evaluator.outputs(task, domain.test)
     test = score(logits, domain.test)
     save_task(
@@ -104,7 +104,7 @@ def finish(
             "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
         },
     )
-    parts = count(best.state.task.delta).by_group
+    parts = count(best.task.delta).by_group
     row = Row(
         method=name,
         task=domain.name,

@@ -17,7 +17,7 @@ BELOW = {
     "paths": (),
     "node": (),
     "core": ("node", "paths"),
-    "nodes": ("node", "nodes"),
+    "nodes": ("node", "nodes", "paths"),
     "models": ("models",),
     "data": ("data",),
     "pretrained": ("pretrained", "models"),

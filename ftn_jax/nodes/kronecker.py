@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ftn_jax.node import Node, frozen, static, tied
-from ftn_jax.nodes.matrix import add, check_matrix, check_rank, matrix_shape
+from ftn_jax.nodes.matrix import add, check_matrix, check_rank, is_whole, matrix_shape
 
 KroneckerInit = Literal["identity", "glorot", "zeros"]
 
@@ -108,7 +108,7 @@ class Kronecker(Node):
         check_rank(rank)
         rows, columns = matrix_shape(w.shape, inputs)
         common = math.gcd(rows, columns)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1 or common % n:
+        if not is_whole(n) or n < 1 or common % n:
             fitting = [d for d in range(1, common + 1) if common % d == 0]
             raise ValueError(
                 f"n must divide {rows} inputs and {columns} outputs, found {n!r}; "
@@ -155,10 +155,8 @@ class Kronecker(Node):
         dtype = jnp.promote_types(w.dtype, self.u.dtype)
         u, v, *slow = (x.astype(dtype) for x in (self.u, self.v, *self.slow))
         # At full precision: accelerators would round the factors to TF32 or bf16.
-        outer, inner = (
-            jnp.einsum("ia,ic->iac", *slow) if len(slow) == 2 else slow[0],
-            jnp.einsum("ikr,irp->ikp", u, v, precision="highest"),
-        )
+        outer = jnp.einsum("ia,ic->iac", *slow) if len(slow) == 2 else slow[0]
+        inner = jnp.einsum("ikr,irp->ikp", u, v, precision="highest")
         update = jnp.einsum("iac,ikp->akcp", outer, inner, precision="highest")
         update = update.reshape(w.shape)
         if self.dropout_key is not None:

@@ -52,9 +52,13 @@ def check_rank(rank: Any) -> None:
     Raises:
         ValueError: if it is not.
     """
-    whole = isinstance(rank, (int, np.integer)) and not isinstance(rank, bool)
-    if not whole or rank < 1:
+    if not is_whole(rank) or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, found {rank!r}")
+
+
+def is_whole(x: Any) -> bool:
+    """Tell whether `x` is a whole number, and no truth value."""
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
 def add(

@@ -14,6 +14,9 @@ is the same on every later state, bit for bit.
     packed = pack(packed, delta)     # and so on with task=3
     save_task(folder, Task(compact(delta), state), shared=packed, name="second")
 
+The paper trains the base again after its pruning: start with `prune=None`, and treat
+the base as task 1, on the data that it was pretrained on.
+
 Source: Mallya and Lazebnik, "PackNet" (arXiv 1711.05769), section 3 and its code.
 """
 

@@ -120,13 +120,12 @@ class PackNet(Node):
                 f"the weight has shape {w.shape}, found {shapes} for the task's values "
                 "and for the values and owners packed beside the backbone"
             )
-        dtype = jnp.promote_types(self.value.dtype, self.values.dtype)
-        own, value = unpack_bits(self.mine, w.shape), self.value.astype(dtype)
+        own, value = unpack_bits(self.mine, w.shape), self.value.astype(w.dtype)
         if self.shape is not None:
             place = jnp.flatnonzero(own, size=value.size)
-            value = jnp.zeros(w.size, dtype).at[place].set(value).reshape(w.shape)
-        others = jnp.where(self._earlier, self.values.astype(dtype), 0)
-        return jnp.where(own, value, others).astype(w.dtype)
+            value = jnp.zeros(w.size, w.dtype).at[place].set(value).reshape(w.shape)
+        others = jnp.where(self._earlier, self.values.astype(w.dtype), 0)
+        return jnp.where(own, value, others)
 
     def compact(self) -> "PackNet":
         """Return the node with the values of its own positions; it can still train."""

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ftn_jax.node import Node, beside, frozen, static
-from ftn_jax.nodes.matrix import add, check_matrix, matrix_shape
+from ftn_jax.nodes.matrix import add, check_matrix, is_whole, matrix_shape
 from ftn_jax.paths import at, path_name, some
 
 SVFTInit = Literal["zeros", "kaiming"]
@@ -99,7 +99,7 @@ class SVFT(Node):
                 is unknown.
         """
         k = min(matrix_shape(w.shape, inputs))
-        if not 0 <= off_diagonals < k:
+        if not is_whole(off_diagonals) or not 0 <= off_diagonals < k:
             raise ValueError(
                 f"off_diagonals must be 0 to {k - 1} for {k} singular values, found "
                 f"{off_diagonals!r}"
@@ -109,7 +109,7 @@ class SVFT(Node):
                 f"choose off_diagonals or random, found off_diagonals={off_diagonals} "
                 f"and random={random}"
             )
-        if random is not None and not 1 <= random <= k * k:
+        if random is not None and not (is_whole(random) and 1 <= random <= k * k):
             raise ValueError(
                 f"random must be 1 to {k * k} coefficients for {k} singular values, "
                 f"found {random!r}"

@@ -4,6 +4,7 @@ from ftn_jax.pretrained.files import WeightsFileError, read_weights
 from ftn_jax.pretrained.hub import HubFileNotFound, locate
 from ftn_jax.pretrained.matching import CheckpointMismatch, Pretrained
 from ftn_jax.pretrained.resnet import export_resnet, load_resnet
+from ftn_jax.pretrained.vit import load_vit
 
 __all__ = [
     "CheckpointMismatch",
@@ -12,6 +13,7 @@ __all__ = [
     "WeightsFileError",
     "export_resnet",
     "load_resnet",
+    "load_vit",
     "locate",
     "read_weights",
 ]

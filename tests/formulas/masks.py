@@ -58,9 +58,10 @@ def packnet(w, node):
 
 def packed_state(w):
     """Free, the base, task 2 and task 3 in turns."""
-    owner = (np.arange(w.size) % 4).astype(np.uint8).reshape(w.shape)
-    values = np.where(owner > 0, np.asarray(w)[..., ::-1], 0)
-    return {"values": jnp.array(values, w.dtype), "owner": jnp.array(owner)}
+    owner = (jnp.arange(w.size) % 4).astype(jnp.uint8).reshape(w.shape)
+    turned = jnp.asarray(w, jnp.promote_types(w.dtype, jnp.float32))[..., ::-1]
+    values = jnp.where(owner > 0, turned, 0)
+    return {"values": values, "owner": owner}
 
 
 def some_off(node, rng):

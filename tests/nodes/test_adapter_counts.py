@@ -97,11 +97,13 @@ def test_adapters_in_half_of_the_convolutions(resnet26):
 def test_joint_compression_on_resnet26(resnet26):
     """K is half the channels; 3 / 2 is 1 for the stem, hence the odd number."""
     weights = kernels(resnet26)
+    # One of each shape: kernels of one shape have bases of one size.
     delta = {
-        path: ParallelAdapter(jnp.zeros(w.shape[-2:]), tap=(1, 1))
-        for path, w in weights.items()
+        str(w.shape): ParallelAdapter(jnp.zeros(w.shape[-2:]), tap=(1, 1))
+        for w in weights.values()
     }
-    bases = joint_bases([delta], rank=0.5)
+    by_shape = joint_bases([delta], rank=0.5)
+    bases = {path: by_shape[str(w.shape)] for path, w in weights.items()}
     shared = sum(beta["beta"].size for beta in bases.values())
     assert shared == 311_811
     assert bases["stem/conv/kernel"]["beta"].shape == (3, 1)

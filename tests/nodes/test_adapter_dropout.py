@@ -38,10 +38,10 @@ def test_dropout_leaves_out_input_channels_of_the_branch(key):
 
 def test_dropout_is_right_on_average_and_differs_by_key(key):
     node = randomized(ParallelAdapter.init(key, jnp.ones((3, 3, 16, 8)), dropout=0.5))
-    keys = jax.random.split(key, 4000)
+    keys = jax.random.split(key, 1000)
     alphas = jax.jit(jax.vmap(lambda k: node.perturb(k).alpha))(keys)
     share = float((alphas == 0).all(axis=2).mean())
-    assert abs(share - 0.5) < 0.01
+    assert abs(share - 0.5) < 0.02
     sd = np.abs(node.alpha).max() / math.sqrt(len(keys))
     np.testing.assert_allclose(alphas.mean(axis=0), node.alpha, atol=5 * sd)
     assert (alphas[0] != alphas[1]).any()

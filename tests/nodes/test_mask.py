@@ -15,7 +15,6 @@ from ftn_jax.nodes.mask import AffineMask, Piggyback
 CONVS = {
     "stride 1": (1, "SAME"),
     "stride 2, torch's padding": (2, [(1, 1), (1, 1)]),
-    "stride 2, SAME": (2, "SAME"),
     "explicit": (1, [(0, 2), (1, 0)]),
 }
 

@@ -77,7 +77,7 @@ def test_parity_with_pytorch_modules(stride):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("n", [5, 64, 131])
+@pytest.mark.parametrize("n", [5, 131])
 def test_start_is_bit_equal_compiled_or_not(n, normalize):
     """W U U^T itself is W to rounding only, and norms differ by how they are summed."""
     w = jnp.asarray(draw(3, 3, 4, n))

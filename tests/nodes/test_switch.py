@@ -16,7 +16,6 @@ from ftn_jax.nodes.switch import ChannelSwitch, active_share, budget
 CONVS = {
     "stride 1": (1, "SAME", 1),
     "stride 2, torch's padding": (2, [(1, 1), (1, 1)], 1),
-    "stride 2, SAME": (2, "SAME", 1),
     "explicit": (1, [(0, 2), (1, 0)], 1),
     "groups": (1, "SAME", 2),
 }
