@@ -9,7 +9,7 @@ joint SVD and trains each domain's factor, norms and head again. The bases lie b
 the backbone, saved once under `bases`; each task file holds its own factors alone.
 
 Rows: the adapters as trained; compressed; compressed and trained again. Expected, from
-Rebuffi et al. (arXiv 1803.10082), section 3.3 and Table 3: at K = C/2 the adapters of
+Rebuffi et al. (arXiv 1803.10082): at K = C/2 the adapters of
 ten domains cost 0.61 instead of 1.11 times the 3x3 kernels of the network at about the
 same accuracy.
 """

@@ -4,9 +4,12 @@
     python -m experiments.parameters --backbone resnet50 --ranks 1 8 --classes 200
     python -m experiments.parameters --json
 
-Nothing is allocated: `jax.eval_shape` builds backbone and deltas. Totals follow the
+    python -m experiments.parameters --backbone resnet18 --methods all --ranks 1 10
+
+Shapes are enough: `jax.eval_shape` builds backbone and deltas. Totals follow the
 papers: the backbone's convolutions once, and for each task its factors and BatchNorm
-scale and bias; heads and running statistics are shown but not in the totals.
+scale and bias; heads and running statistics are shown but not in the totals. Masks
+and switches count as they are trained; a task file holds one bit for each.
 
 Source: FTN (arXiv 2310.06124) and its NeurIPS submission, Tables 1 to 3 and S1. A
 printed figure that no reading of the papers' text reproduces is marked.
@@ -16,19 +19,21 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ftn_jax import count, make_delta
+from ftn_jax import count
 from ftn_jax.command import launch
+from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
 from ftn_jax.paths import path_name
-from ftn_jax.presets import RESNET, Layers, bn_head, fine_tuning, ftn
+from ftn_jax.presets import METHODS, RESNET, Layers
+from ftn_jax.presets.budget import plan
+from ftn_jax.published import NO_SHORTCUT_BN, PUBLISHED, SETTINGS, Published
 
-# The papers' totals of NYUD and DomainNet leave the shortcuts' BatchNorms out.
-NO_SHORTCUT_BN = RESNET._replace(norms=r"(?!.*shortcut/).*bn\d*/(scale|bias)")
+RANKED = ("ftn", "lora", "dora", "factored_adapters")
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class Config:
 
     backbone: str | None = None
     """Count this backbone instead of the papers' settings (see ftn_jax.models)."""
+    methods: tuple[str, ...] = ("bn_head", "ftn", "fine_tuning")
+    """Names of ftn_jax.presets, or all, with --backbone."""
     ranks: tuple[int, ...] = (1, 10, 50)
-    """Ranks of the FTN rows, with --backbone."""
+    """Ranks of the methods that have one, with --backbone."""
     classes: int = 100
     """Classes of a task's head, with --backbone."""
     tasks: int = 5
@@ -50,74 +57,6 @@ class Config:
     def tiny(cls) -> "Config":
         """Return settings for a trial: the counts of one small network."""
         return cls(backbone="cifar_resnet20", ranks=(1,), classes=10)
-
-
-class Published(NamedTuple):
-    """A figure of the papers, in millions as printed.
-
-    Attributes:
-        setting: which experiment.
-        method: of the row.
-        rank: of FTN, else 0.
-        millions: as printed.
-        layers: the reading of "BatchNorm" that fits, or the plain one.
-        note: what is wrong with the figure, empty where a reading reproduces it.
-    """
-
-    setting: str
-    method: str
-    rank: int
-    millions: str
-    layers: Layers = RESNET
-    note: str = ""
-
-
-# name of the experiment: backbone, tasks, classes of the largest head
-SETTINGS = {
-    "ImageNet-to-Sketch": ("resnet50", 5, 250),
-    "DomainNet": ("resnet34", 6, 345),
-    "NYUD": ("resnet18", 4, 41),
-}
-
-PUBLISHED = (
-    Published(
-        "ImageNet-to-Sketch",
-        "bn_head",
-        0,
-        "23.52",
-        note="too small for the convolutions and five sets of BatchNorm",
-    ),
-    Published(
-        "ImageNet-to-Sketch",
-        "ftn",
-        1,
-        "23.95",
-        note="off by 0.07 %; no reading gives both this and R = 50",
-    ),
-    Published("ImageNet-to-Sketch", "ftn", 50, "36.02"),
-    Published("DomainNet", "bn_head", 0, "21.35", NO_SHORTCUT_BN),
-    Published(
-        "DomainNet",
-        "ftn",
-        1,
-        "21.44",
-        NO_SHORTCUT_BN,
-        note="Table S1 prints 21.45 for the same network, which fits",
-    ),
-    Published(
-        "DomainNet",
-        "ftn",
-        40,
-        "25.22",
-        NO_SHORTCUT_BN,
-        note="off by 0.2 %; contradicts the papers' own 16,291 factors a rank",
-    ),
-    Published("NYUD", "bn_head", 0, "11.19", NO_SHORTCUT_BN),
-    Published("NYUD", "ftn", 1, "11.23", NO_SHORTCUT_BN),
-    Published("NYUD", "ftn", 10, "11.54", NO_SHORTCUT_BN),
-    Published("NYUD", "ftn", 20, "11.89", NO_SHORTCUT_BN),
-    Published("NYUD", "ftn", 30, "12.24", NO_SHORTCUT_BN),
-)
 
 
 def count_backbone(name: str, classes: int) -> dict[str, int]:
@@ -140,21 +79,23 @@ def count_backbone(name: str, classes: int) -> dict[str, int]:
 
 
 def count_task(
-    name: str, method: str, *, rank: int, classes: int, layers: Layers = RESNET
+    name: str, method: str, *, classes: int, layers: Layers = RESNET, **options: Any
 ) -> dict[str, int]:
-    """Count what one task adds: factors, norms, head, weights, running statistics."""
-    preset = {
-        "bn_head": bn_head,
-        "ftn": partial(ftn, rank=rank),
-        "fine_tuning": fine_tuning,
-    }[method]
+    """Count what one task trains: factors (masks, adapters), norms, head, weights.
+
+    Bases and packed states take real arrays to make: methods that need such are
+    counted on random weights, all others by shapes alone.
+    """
     variables = _variables(name, classes)
-    build = partial(make_delta, rules=preset(layers, classes=classes).rules)
-    delta = jax.eval_shape(build, jax.random.key(0), variables["params"])
-    groups = count(delta).by_group
+    preset = METHODS[method](layers, classes=classes, **options)
+    params = variables["params"]
+    if preset.prepare:
+        params = jax.tree.map(_random, params)
+    backbone = Backbone(_no_network, params, variables["batch_stats"], layers)
+    groups = count(plan(backbone, preset)).by_group
     statistics = sum(leaf.size for leaf in jax.tree.leaves(variables["batch_stats"]))
     return {
-        "factors": groups.get("factors", 0),
+        "factors": sum(groups.get(g, 0) for g in ("factors", "masks", "adapters")),
         "norms": groups.get("norm", 0),
         "weights": groups.get("weights", 0),
         "head": groups["head"],
@@ -164,18 +105,17 @@ def count_task(
 
 def total(base: dict[str, int], task: dict[str, int], tasks: int) -> int:
     """Add up as the papers do: kernels once, factors and norms for each task."""
-    if task["weights"]:
-        return tasks * (task["weights"] + task["norms"])
-    return base["kernels"] + tasks * (task["factors"] + task["norms"])
+    own = task["factors"] + task["norms"] + task["weights"]
+    replaced = task["weights"] >= base["kernels"]  # fine-tuning keeps no backbone
+    return tasks * own + (0 if replaced else base["kernels"])
 
 
 def compare(figure: Published) -> dict[str, Any]:
     """Set a printed figure beside our count of it."""
     backbone, tasks, classes = SETTINGS[figure.setting]
     base = count_backbone(backbone, classes)
-    counted = partial(
-        count_task, backbone, figure.method, rank=figure.rank, classes=classes
-    )
+    rank = {"rank": figure.rank} if figure.rank else {}
+    counted = partial(count_task, backbone, figure.method, classes=classes, **rank)
     full, read = counted(), counted(layers=figure.layers)
     reading = total(base, read, tasks)
     truncated, rounded = f"{reading // 10_000 / 100:.2f}", f"{reading / 1e6:.2f}"
@@ -209,20 +149,23 @@ def report() -> dict[str, Any]:
 
 
 def report_backbone(cfg: Config) -> dict[str, Any]:
-    """Count one backbone: every method, every rank."""
+    """Count one backbone: every method that was asked for, those with ranks at each."""
     name = cfg.backbone or ""
     if name not in RESNETS:
         raise ValueError(f"--backbone {name}: unknown, known are {sorted(RESNETS)}")
     base = count_backbone(name, cfg.classes)
-    methods = [("bn_head", 0), *(("ftn", rank) for rank in cfg.ranks)]
     rows = []
-    for method, rank in [*methods, ("fine_tuning", 0)]:
-        task = count_task(name, method, rank=rank, classes=cfg.classes)
+    for method, options in _rows(cfg):
+        try:
+            task = count_task(name, method, classes=cfg.classes, **options)
+        except ValueError as error:  # a size or a shape that the method refuses
+            rows.append({"method": method, "options": options, "refused": str(error)})
+            continue
         own = task["factors"] + task["norms"] + task["weights"]
         rows.append(
             {
                 "method": method,
-                "rank": rank,
+                "options": options,
                 "task": task,
                 "share_of_backbone": own / (base["kernels"] + base["norms"]),
                 "total": total(base, task, cfg.tasks),
@@ -252,6 +195,9 @@ def _print_backbone(result: dict[str, Any]) -> None:
         f"|---|{'--:|' * (len(head) + 2)}"
     )
     for row in result["rows"]:
+        if "refused" in row:
+            print(f"| {_label(row)} | not for this network: {row['refused']} |")
+            continue
         cells = " | ".join(f"{row['task'][h]:,}" for h in head)
         share = f"{row['share_of_backbone']:.1%}"
         print(f"| {_label(row)} | {cells} | {share} | {row['total']:,} |")
@@ -281,8 +227,29 @@ def _print_papers(result: dict[str, Any]) -> None:
     )
 
 
+def _rows(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for method in METHODS if "all" in cfg.methods else cfg.methods:
+        if method in RANKED:
+            rows += [(method, {"rank": rank}) for rank in cfg.ranks]
+        elif method in METHODS:
+            rows.append((method, {}))
+        else:
+            raise ValueError(f"--methods {method}: unknown, known are {[*METHODS]}")
+    return rows
+
+
 def _label(row: dict[str, Any]) -> str:
-    return f"{row['method']} R={row['rank']}" if row["rank"] else row["method"]
+    rank = row.get("rank") or row.get("options", {}).get("rank")
+    return f"{row['method']} R={rank}" if rank else row["method"]
+
+
+def _random(x: Any) -> Any:
+    return jax.random.normal(jax.random.key(0), x.shape, x.dtype)
+
+
+def _no_network(classes: int) -> Any:
+    raise NotImplementedError("nothing runs here, parameters are counted")
 
 
 @cache

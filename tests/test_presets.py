@@ -259,7 +259,7 @@ def plan(method, shared):
     ],
 )
 def test_adapters_of_resnet26_are_counted_as_published(placement, params):
-    """Rebuffi et al. (arXiv 1803.10082), Table 2: 1/9 of the 3x3 kernels."""
+    """Rebuffi et al. (arXiv 1803.10082): 1/9 of the 3x3 kernels."""
     method = parallel_adapters(RESNET, classes=10, placement=placement)
     groups = count(plan(method, shapes("resnet26"))).by_group
     assert groups["adapters"] == params

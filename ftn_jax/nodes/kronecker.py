@@ -116,6 +116,8 @@ class Kronecker(Node):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), found {dropout!r}")
+        if init not in ("identity", "glorot", "zeros"):
+            raise ValueError(f"init must be identity, glorot or zeros, found {init!r}")
         dtype = jnp.promote_types(w.dtype, jnp.float32)
         keys = jax.random.split(key, 4)
         shapes = (n, rows // n, rank), (n, rank, columns // n)
@@ -124,8 +126,6 @@ class Kronecker(Node):
             v = jnp.zeros_like(v)
         elif init == "zeros":
             u, v = jnp.zeros_like(u), jnp.zeros_like(v)
-        elif init != "glorot":
-            raise ValueError(f"init must be identity, glorot or zeros, found {init!r}")
         parts = [(n, n), (n, n)] if factorised else [(n, n, n)]
         slow = tuple(
             jax.random.uniform(k, s, dtype, -slow_bound, slow_bound)

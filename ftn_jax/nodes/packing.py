@@ -17,7 +17,7 @@ is the same on every later state, bit for bit.
 The paper trains the base again after its pruning: start with `prune=None`, and treat
 the base as task 1, on the data that it was pretrained on.
 
-Source: Mallya and Lazebnik, "PackNet" (arXiv 1711.05769), section 3 and its code.
+Source: Mallya and Lazebnik, "PackNet" (arXiv 1711.05769), and its code.
 """
 
 import re

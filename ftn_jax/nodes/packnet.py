@@ -31,8 +31,8 @@ class PackNet(Node):
     `PackNet.init(task=1)` beside `start_packing(prune=None)` trains the base itself,
     from the pretrained weights: prune it, train what is left, pack it.
 
-    Source: Mallya and Lazebnik, "PackNet" (arXiv 1711.05769), section 3; the freed
-    weights start from zero, as in its code.
+    Source: Mallya and Lazebnik, "PackNet" (arXiv 1711.05769), iterative pruning; the
+    freed weights start from zero, as in its code.
 
     Attributes:
         value: of the weight's shape; the task's own positions alone, in order and in

@@ -21,7 +21,7 @@ PLACEMENTS = {
     "late": "layer3_.*",
     "half": r".*conv2/.*",
 }
-"""Where adapters stand (Rebuffi et al., arXiv 1803.10082, Table 2), on our ResNets."""
+"""Where adapters stand (Rebuffi et al., arXiv 1803.10082), on our ResNets."""
 
 
 def parallel_adapters(
@@ -29,7 +29,7 @@ def parallel_adapters(
 ) -> Method:
     """Add a 1x1 adapter beside every 3x3 convolution; train BatchNorm and a head.
 
-    Source: Rebuffi et al. (arXiv 1803.10082), eq. 3, the stem included as in its code;
+    Source: Rebuffi et al. (arXiv 1803.10082), the stem included as in its code;
     weight decay of the group "adapters" shrinks them towards the backbone (0.002 for
     small data sets, 5e-4, 1e-4 for large ones).
 
@@ -48,7 +48,7 @@ def series_adapters(
 ) -> Method:
     """Put a residual 1x1 adapter behind every 3x3 convolution.
 
-    Source: Rebuffi et al. (arXiv 1705.08045), eq. 2, without the inner BatchNorm of
+    Source: Rebuffi et al. (arXiv 1705.08045), without the inner BatchNorm of
     its code. Arguments as `parallel_adapters`, options of `SeriesAdapter.init`.
     """
     init = partial(SeriesAdapter.init, **options)
@@ -60,7 +60,7 @@ def svd_adapters(
 ) -> Method:
     """Train parallel adapters, cut each to a low rank, and train its two factors.
 
-    Source: Rebuffi et al. (arXiv 1803.10082), section 3.3, per-task compression. The
+    Source: Rebuffi et al. (arXiv 1803.10082), per-task compression. The
     joint compression over tasks is `ftn_jax.compress.compress_jointly`.
 
     Args:
@@ -80,8 +80,8 @@ def svd_adapters(
 def factored_adapters(layers: Layers, *, classes: int, rank: int | float) -> Method:
     """Train the two factors of low-rank parallel adapters from the start.
 
-    Source: the form of Rebuffi et al. (arXiv 1803.10082), section 3.3, without the
-    full adapters before.
+    Source: the form of Rebuffi et al. (arXiv 1803.10082) after compression, without
+    the full adapters before.
     """
     init = partial(FactoredAdapter.init, rank=rank)
     return _spatial(layers, classes, "all", init)
@@ -98,7 +98,7 @@ def rcm(
 
     The shortcuts' 1x1 kernels are copied whole, as in the original.
 
-    Source: RCM (arXiv 2007.12540), eq. 2 and section 3.2.
+    Source: RCM (arXiv 2007.12540).
 
     Args:
         layers: the backbone's paths.

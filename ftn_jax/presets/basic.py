@@ -30,7 +30,7 @@ def bn_head(layers: Layers, *, classes: int) -> Method:
 def bias_only(layers: Layers, *, classes: int) -> Method:
     """Train every bias, those of the norms among them, and a new head.
 
-    Source: BitFit (arXiv 2106.10199), section 3.
+    Source: BitFit (arXiv 2106.10199).
     """
     biases = {".*/bias": partial(Replace.init, group="norm")}
     return Method(head_rules(layers, classes) | biases, classes)

@@ -22,8 +22,8 @@ from ftn_jax.presets.patterns import head_rules, norm_rules, select
 def lora(layers: Layers, *, classes: int, rank: int, **options: Any) -> Method:
     """Add LoRA to the kernels; train BatchNorm and a new head.
 
-    Source: LoRA (arXiv 2106.09685), eq. 3; a convolution as k x k to R channels and
-    then 1 x 1, or by `form="reshape"` as in the authors' code.
+    Source: LoRA (arXiv 2106.09685); a convolution as k x k to R channels and then
+    1 x 1, or by `form="reshape"` as in the authors' code.
 
     Args:
         layers: the backbone's paths.
@@ -37,7 +37,7 @@ def lora(layers: Layers, *, classes: int, rank: int, **options: Any) -> Method:
 def dora(layers: Layers, *, classes: int, rank: int, **options: Any) -> Method:
     """Add DoRA to the kernels; train BatchNorm and a new head.
 
-    Source: DoRA (arXiv 2402.09353), eq. 5. Options are those of `DoRA.init`.
+    Source: DoRA (arXiv 2402.09353). Options are those of `DoRA.init`.
     """
     return _kernels(layers, classes, partial(DoRA.init, rank=rank, **options))
 
@@ -47,7 +47,7 @@ def kadaptation(
 ) -> Method:
     """Add sums of Kronecker products with slow factors common to all kernels.
 
-    Source: KAdaptation (arXiv 2203.16329), eq. 4 to 6; n = 32 in its ViT, which must
+    Source: KAdaptation (arXiv 2203.16329); n = 32 in its ViT, which must
     divide every kernel's inputs and outputs.
 
     Args:
@@ -66,7 +66,7 @@ def svft(layers: Layers, *, classes: int, **options: Any) -> Method:
 
     The bases lie beside the backbone, computed once.
 
-    Source: SVFT (arXiv 2405.19597), section 3. Options are those of `SVFT.init`:
+    Source: SVFT (arXiv 2405.19597). Options are those of `SVFT.init`:
     `off_diagonals` for its banded form, `random` for its random one.
     """
 
@@ -82,7 +82,7 @@ def svft(layers: Layers, *, classes: int, **options: Any) -> Method:
 def ssf(layers: Layers, *, classes: int, **options: Any) -> Method:
     """Scale and shift the output of every norm; keep the statistics; train a head.
 
-    Source: SSF (arXiv 2210.08823), eq. 2. On a network whose every convolution is
+    Source: SSF (arXiv 2210.08823). On a network whose every convolution is
     followed by a norm this reaches all that SSF after the convolution would.
     Options are those of `Scale.init`.
     """
@@ -110,7 +110,7 @@ def tucker(
     Kernels of a stage that are smaller than the others (its first) are filled up with
     zeros in the core.
 
-    Source: Bulat et al. (arXiv 1904.06345), eq. 3 to 5, on a plain checkpoint: the
+    Source: Bulat et al. (arXiv 1904.06345), on a plain checkpoint: the
     stacked kernels are the core, the factors start at the identity.
 
     Args:

@@ -16,7 +16,7 @@ from ftn_jax.presets.patterns import head_rules, norm_rules
 def piggyback(layers: Layers, *, classes: int, **options: Any) -> Method:
     """Mask every kernel, the stem's too; keep BatchNorm as it is; train a head.
 
-    Source: Piggyback (arXiv 1801.06519), section 3, BatchNorm frozen as its code does
+    Source: Piggyback (arXiv 1801.06519), BatchNorm frozen as its code does
     by default. Options are those of `Piggyback.init` (`ternary`, `threshold`).
     """
     rules = {layers.all_kernels: partial(Piggyback.init, **options)}
@@ -27,7 +27,7 @@ def piggyback(layers: Layers, *, classes: int, **options: Any) -> Method:
 def wtpb(layers: Layers, *, classes: int, **options: Any) -> Method:
     """Transform every kernel by a mask and three numbers; train BatchNorm and a head.
 
-    Source: Mancini et al. (arXiv 1805.11119), section 3. Options of `AffineMask.init`.
+    Source: Mancini et al. (arXiv 1805.11119). Options of `AffineMask.init`.
     """
     rules = {layers.all_kernels: partial(AffineMask.init, **options)}
     return Method(rules | norm_rules(layers) | head_rules(layers, classes), classes)
@@ -38,7 +38,7 @@ def ba2(
 ) -> Method:
     """Switch the kernels' output channels under a budget; train BatchNorm and a head.
 
-    Source: Berriel et al. (arXiv 1905.06242), section 3; the budget, a constraint
+    Source: Berriel et al. (arXiv 1905.06242); the budget, a constraint
     there, is a penalty here.
 
     Args:
@@ -65,7 +65,7 @@ def taps(
 ) -> Method:
     """Give the task the kernels that it needs for itself; train BatchNorm and a head.
 
-    Source: TAPS (arXiv 2203.16708), eq. 1 to 4; its code adds the penalty after 2 of
+    Source: TAPS (arXiv 2203.16708); its code adds the penalty after 2 of
     30 epochs and tries weights of 0.1 to 1.
 
     Args:
@@ -92,7 +92,7 @@ def packnet(
     prunes the base without training it again, unless a packed state lies beside the
     backbone already (`start_packing` tells how to make one from source data).
 
-    Source: PackNet (arXiv 1711.05769), section 3; two thirds of the steps at the full
+    Source: PackNet (arXiv 1711.05769); two thirds of the steps at the full
     rate, then a third at a tenth of it, as the 20 and 10 epochs of its code.
 
     Args:

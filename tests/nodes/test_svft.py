@@ -1,4 +1,4 @@
-"""SVFT: bases, patterns, the layer built from its decomposition, counts, files."""
+"""SVFT: patterns, the layer built from its decomposition, starts, counts."""
 
 from functools import partial
 
@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 from weights import randomized, weight
 
-from ftn_jax import (
-    count,
-    make_delta,
-)
+from ftn_jax import count, make_delta
 from ftn_jax.core import trainable
 from ftn_jax.nodes.svft import SVFT, banded_places, svd_bases
 
