@@ -50,7 +50,7 @@ from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.presets.budget import KNOBS, fit_to, planned_groups
 from ftn_jax.pretrained import load_resnet
 from ftn_jax.results import Results
-from ftn_jax.sweep import Contender, sweep
+from ftn_jax.sweep import ChooseOn, Contender, sweep
 from ftn_jax.tables import report
 
 MethodName = Literal[
@@ -146,6 +146,8 @@ class Config:
     """Use at most so many test images of each domain, balanced over classes."""
     validation: float = 0.1
     """Share of the training images that is held out to choose rates."""
+    choose_on: ChooseOn = "each"
+    """Choose rates on each domain, or on the first one for all of them."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 32
@@ -318,6 +320,7 @@ def main(cfg: Config) -> Results:
         eval_transform=eval_transform,
         seeds=cfg.seeds,
         validation=cfg.validation,
+        choose_on=cfg.choose_on,
         workdir=cfg.workdir,
     )
     report(results)

@@ -53,7 +53,7 @@ class Row:
     details: dict[str, Any]
     inputs: str
     commit: str = field(default_factory=lambda: _commit())
-    device: str = field(default_factory=lambda: _device())
+    device: str = field(default_factory=lambda: describe_device())
 
 
 class Results:
@@ -91,7 +91,7 @@ class Results:
             "experiment": experiment,
             "commit": _commit(),
             "versions": {name: version(name) for name in PACKAGES},
-            "device": _device(),
+            "device": describe_device(),
             "config": config,
         }
         self.rows: list[Row] = []
@@ -161,7 +161,8 @@ def _read(path: Path) -> dict[str, Any]:
     return old
 
 
-def _device() -> str:
+def describe_device() -> str:
+    """Name the devices that JAX sees."""
     return f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ftn_jax.adapt import Adaptation, Evaluator, Recipe
 from ftn_jax.checkpoint import fingerprint, restore_task
@@ -15,6 +15,8 @@ from ftn_jax.forward import Forward, merged
 from ftn_jax.method import Backbone, Method
 from ftn_jax.results import Results
 from ftn_jax.trial import finish, short_hash, train_best
+
+ChooseOn = Literal["each", "first"]
 
 
 class Contender(NamedTuple):
@@ -43,6 +45,7 @@ def sweep(
     eval_transform: Transform,
     seeds: Sequence[int] = (0,),
     validation: float = 0.1,
+    choose_on: ChooseOn = "each",
     forward: Forward = merged,
     workdir: Path,
 ) -> None:
@@ -64,6 +67,8 @@ def sweep(
         eval_transform: the same without randomness; saved with each task.
         seeds: of init, data order and augmentation.
         validation: share of the training data that is held out; 0 for none.
+        choose_on: where validation data chooses among a contender's rates: on
+            `"each"` domain, or on the `"first"` for all of them.
         forward: how training runs the network on `(shared, delta)`.
         workdir: the experiment's folder.
 
@@ -83,6 +88,7 @@ def sweep(
     _check_folders([*contenders, *(r.method for r in results.rows)])
     preprocessing = describe(eval_transform)  # complains before, not after training
     network = "".join(fingerprint(backbone.shared).values())
+    first = domains[0].name if domains else ""
     prepared: dict[str, Backbone] = {}
     chains: dict[tuple[str, int], Backbone] = {}
     for n, domain in enumerate(domains):
@@ -130,6 +136,7 @@ def sweep(
                             forward=forward,
                         )
                         for rates in _chosen(results, name, domain.name)
+                        or (choose_on == "first" and _chosen(results, name, first))
                         or contender.rates
                     ]
                 best = train_best(

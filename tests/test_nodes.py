@@ -69,18 +69,29 @@ def floats(node):
     return [x for x in jax.tree.leaves(node) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
+# Options need fewer kinds of weights than types do.
+PAIRS = [
+    (kind, name)
+    for kind in sorted(KINDS)
+    for name in WEIGHTS
+    if kind in TYPES or name in ("dense", "attention", "conv2d")
+]
+
+
 @pytest.fixture(params=sorted(KINDS))
 def kind(request):
     return request.param
 
 
-@pytest.fixture(params=WEIGHTS)
-def w(request):
-    return weight(request.param)
+@pytest.fixture(params=PAIRS, ids="-".join)
+def pair(request):
+    kind, name = request.param
+    return kind, weight(name)
 
 
 @pytest.fixture
-def node(kind, w, key):
+def node(pair, key):
+    kind, w = pair
     try:
         return start(kind, key, w)
     except ValueError as refusal:
@@ -98,7 +109,8 @@ def test_every_family_is_here(name, key):
     assert start(name, key, weight("conv2d")).merge(weight("conv2d")).shape
 
 
-def test_merge_agrees_with_the_formula_and_keeps_shape_and_dtype(kind, node, w):
+def test_merge_agrees_with_the_formula_and_keeps_shape_and_dtype(pair, node):
+    kind, w = pair
     node = randomized(node)
     merged = node.merge(w)
     assert merged.shape == w.shape and merged.dtype == w.dtype
@@ -108,7 +120,8 @@ def test_merge_agrees_with_the_formula_and_keeps_shape_and_dtype(kind, node, w):
     assert np.abs(merged - w).max() > 100 * tolerance
 
 
-def test_merge_runs_under_jit_vmap_and_strict_promotion(node, w):
+def test_merge_runs_under_jit_vmap_and_strict_promotion(pair, node):
+    _, w = pair
     tasks = [randomized(node, seed) for seed in range(3)]
     loop = jnp.stack([task.merge(w) for task in tasks])
     jitted = jax.jit(lambda task, w: task.merge(w))(tasks[0], w)
@@ -121,7 +134,8 @@ def test_merge_runs_under_jit_vmap_and_strict_promotion(node, w):
         np.testing.assert_array_equal(tasks[0].merge(w), loop[0])
 
 
-def test_starts_at_the_pretrained_weight(kind, node, w):
+def test_starts_at_the_pretrained_weight(pair, node):
+    kind, w = pair
     error = np.abs(np.asarray(node.merge(w)) - w).max()
     if KINDS[kind][0] in STARTS_ELSEWHERE or kind in STARTS_ELSEWHERE:
         assert error > 1e-4
@@ -131,7 +145,8 @@ def test_starts_at_the_pretrained_weight(kind, node, w):
         assert error == 0
 
 
-def test_gradient_is_finite_and_reaches_every_array_after_one_step(node, w):
+def test_gradient_is_finite_and_reaches_every_array_after_one_step(pair, node):
+    _, w = pair
     target = w + jnp.asarray(np.random.default_rng(1).normal(size=w.shape), w.dtype)
     fixed = {n: getattr(node, n) for n in node.frozen_fields}
     own = node.replace(**dict.fromkeys(fixed))
@@ -146,8 +161,12 @@ def test_gradient_is_finite_and_reaches_every_array_after_one_step(node, w):
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(second))
 
 
-def test_compact_merges_the_same_bytes(node, w):
+def test_compact_merges_the_same_bytes(pair, node):
+    _, w = pair
     node = randomized(node)
+    if type(node).compact is Node.compact:
+        assert node.compact() is node
+        return
     small = node.compact()
     found = w if small is None else jax.jit(lambda n, w: n.merge(w))(small, w)
     expected = jax.jit(lambda n, w: n.merge(w))(node, w)
@@ -203,7 +222,8 @@ def test_arrays_are_float32_even_for_a_low_precision_weight(kind, key, dtype):
         assert low.merge(w).dtype == w.dtype
 
 
-def test_saved_and_restored_exactly(kind, w, key, tmp_path):
+def test_saved_and_restored_exactly(kind, key, tmp_path):
+    w = weight("conv2d")
     try:
         node, extra = begin(kind, key, w)
     except ValueError as refusal:
