@@ -46,6 +46,7 @@ class Recipe:
         schedule: of every rate, over all steps.
         warmup_epochs: of linear warm-up.
         weight_decay: by optimizer group.
+        adam: the groups that Adam trains; all others get SGD.
         clip_norm: global norm that gradients are clipped to.
         compute_dtype: of the network's arithmetic, e.g. `jnp.bfloat16`.
         accumulate: micro-batches per step.
@@ -57,6 +58,7 @@ class Recipe:
     schedule: Schedule = "cosine"
     warmup_epochs: float = 0.0
     weight_decay: Mapping[str, float] = field(default_factory=dict)
+    adam: tuple[str, ...] = ("factors", "masks")
     clip_norm: float | None = None
     compute_dtype: Any = None
     accumulate: int = 1
@@ -135,6 +137,7 @@ class Adaptation:
             weight_decay={
                 g: decay for g, decay in recipe.weight_decay.items() if decay
             },
+            adam=recipe.adam,
             clip_norm=recipe.clip_norm,
         )
 

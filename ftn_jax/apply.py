@@ -1,12 +1,17 @@
 """One calling convention for Flax Linen, Flax NNX and plain functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Key
 
 from ftn_jax.paths import fold_in_name, path_name
+
+Around = Callable[[Any], AbstractContextManager[None]]
+_around: ContextVar[Around] = ContextVar("around", default=lambda _: nullcontext())
 
 
 @runtime_checkable
@@ -111,7 +116,8 @@ def from_nnx(graphdef: Any, *, inputs: str = "image") -> Apply:
         state = jax.tree_util.tree_map_with_path(fresh, model_state)
         model = nnx.merge(graphdef, params, state)
         model.train() if train else model.eval()
-        outputs = model(batch[inputs])
+        with _around.get()(model):
+            outputs = model(batch[inputs])
         if not train:
             return outputs, model_state
         new: Any = nnx.split(model, nnx.Param, nnx.RngState, ...)[3]
@@ -119,3 +125,17 @@ def from_nnx(graphdef: Any, *, inputs: str = "image") -> Apply:
         return outputs, nnx.merge_state(new, streams)
 
     return apply
+
+
+@contextmanager
+def around_calls(around: Around) -> Iterator[None]:
+    """Have every NNX module that `from_nnx` rebuilds called inside `around(module)`.
+
+    A Linen network is changed for the time of a call by its parameters and by
+    `flax.linen.intercept_methods`; an NNX one exists only inside the call.
+    """
+    token = _around.set(around)
+    try:
+        yield
+    finally:
+        _around.reset(token)

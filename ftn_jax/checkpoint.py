@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 import ftn_jax.nodes  # noqa: F401  task files may hold any of them
-from ftn_jax.core import complete, iter_nodes, split_extras
+from ftn_jax.core import complete, split_extras
 from ftn_jax.manifest import (
     TaskFileError,
     digest,
@@ -23,7 +23,15 @@ from ftn_jax.manifest import (
     write_folder,
 )
 from ftn_jax.node import Node
+from ftn_jax.nodes.stacked import Stacked
 from ftn_jax.paths import path_name
+from ftn_jax.task_layers import (
+    single_leaves,
+    single_nodes,
+    stacks_for,
+    stacks_of,
+    take_node,
+)
 from ftn_jax.train import Task
 
 
@@ -53,6 +61,10 @@ def fingerprint(shared: Any) -> dict[str, str]:
     return {path_name(path): digest(leaf) for path, leaf in leaves}
 
 
+def _fingerprint(params: Any, stacks: Sequence[str]) -> dict[str, str]:
+    return {path: digest(w) for path, w in single_leaves(params, stacks)}
+
+
 def save_task(
     directory: str | os.PathLike[str],
     task: Task,
@@ -64,6 +76,9 @@ def save_task(
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a task's folder: `manifest.json` and one `.safetensors` file.
+
+    Of a network that scans over its layers (a stack `blocks`) the file holds the single
+    layers (`blocks_0`, ...), as if the network did not: it opens on either form.
 
     Args:
         directory: the task's folder, made if absent; a task in it is replaced.
@@ -84,6 +99,7 @@ def save_task(
             something to be written as JSON cannot be.
     """
     directory = Path(directory)
+    params, _ = split_extras(shared)
     tensors: dict[str, np.ndarray] = {}
     nodes = [
         {
@@ -96,9 +112,9 @@ def save_task(
                 for n in type(node).data_fields
             },
         }
-        for path, node in iter_nodes(task.delta)
+        for path, node in single_nodes(task.delta)
     ]
-    replaced = [p for p, n in iter_nodes(task.delta) if not n.reads_weight]
+    replaced = [p for p, n in single_nodes(task.delta) if not n.reads_weight]
     keys: dict[str, str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(task.model_state):
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -117,7 +133,8 @@ def save_task(
             "nodes": nodes,
             "keys": keys,
             # A leaf that the task replaces need not be the same elsewhere.
-            "shared": fingerprint(split_extras(shared)[0]) | dict.fromkeys(replaced),
+            "shared": _fingerprint(params, stacks_of(params, task.delta))
+            | dict.fromkeys(replaced),
             "beside": _beside(shared, task.delta),
         },
     )
@@ -146,12 +163,16 @@ def restore_task(
     directory = Path(directory)
     manifest = read_manifest(directory)
     params, _ = split_extras(shared)
-    check_backbone(directory, manifest["shared"], params)
+    stacks = stacks_for(manifest["shared"], params)
+    check_backbone(directory, manifest["shared"], params, stacks)
     tensors = read_tensors(directory, manifest["tensors"])
     nodes = {n["path"]: _build(directory, n, tensors) for n in manifest["nodes"]}
-    delta = jax.tree_util.tree_map_with_path(
-        lambda path, _: nodes.pop(path_name(path), None), params
-    )
+    try:
+        delta = jax.tree_util.tree_map_with_path(
+            lambda path, w: take_node(nodes, path_name(path), w, stacks), params
+        )
+    except TaskFileError as error:
+        raise TaskFileError(f"{directory}: {error}") from error
     saved = {
         k.removeprefix("model_state/"): _to_device(k, tensors.pop(k))
         for k in list(tensors)
@@ -180,11 +201,16 @@ def restore_task(
 
 def _beside(shared: Any, delta: Any) -> dict[str, dict[str, str]]:
     """Hash what each node reads beside the backbone, by the weight's path and name."""
-    return {
-        path: {name: digest(x) for name, x in node.reads().items()}
-        for path, _, node in complete(shared, delta)
-        if node is not None and node.beside_fields
-    }
+    found: dict[str, dict[str, str]] = {}
+    for path, _, node in complete(shared, delta):
+        if node is None or not node.beside_fields:
+            continue
+        if not isinstance(node, Stacked):
+            found[path] = {name: digest(x) for name, x in node.reads().items()}
+            continue
+        for i, layer in enumerate(node.paths()):
+            found[layer] = {name: digest(x[i]) for name, x in node.reads().items()}
+    return found
 
 
 def _check_beside(
@@ -238,14 +264,17 @@ def _frozen(value: Any) -> Any:
 
 
 def check_backbone(
-    directory: Path, expected: dict[str, str | None], shared: Any
+    directory: Path,
+    expected: dict[str, str | None],
+    shared: Any,
+    stacks: Sequence[str] = (),
 ) -> None:
-    """Compare fingerprints, leaf by leaf; `None` stands for any value.
+    """Compare fingerprints, leaf by leaf and layer by layer; `None` fits any value.
 
     Raises:
         TaskFileError: names the first leaf that differs.
     """
-    found: dict[str, str | None] = {**fingerprint(shared)}
+    found: dict[str, str | None] = {**_fingerprint(shared, stacks)}
     found |= {p: None for p in expected if expected[p] is None and p in found}
     for path in [*expected, *(p for p in found if p not in expected)]:
         if (path in expected, expected.get(path)) != (path in found, found.get(path)):

@@ -14,6 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -233,11 +234,17 @@ def split_extras(shared: Any) -> tuple[Any, dict[str, Any]]:
 def _start(init: Init, key: Any, path: str, w: Any, extras: Any) -> Node:
     if not jax.numpy.issubdtype(w.dtype, jax.numpy.inexact):
         raise ValueError(f"a node needs a float weight, found {w.dtype}")
-    key = fold_in_name(key, path)
-    wanted = inspect.signature(init).parameters.get("extra")
-    if wanted is None or wanted.default is not inspect.Parameter.empty:
-        return init(key, w)
-    return init(key, w, extra={k: x[path] for k, x in extras.items() if path in x})
+    offered = {
+        "extra": {k: x[path] for k, x in extras.items() if path in x},
+        "keys": partial(fold_in_name, key),
+    }
+    parameters = inspect.signature(init).parameters
+    wanted = {
+        name: value
+        for name, value in offered.items()
+        if name in parameters and parameters[name].default is inspect.Parameter.empty
+    }
+    return init(fold_in_name(key, path), w, **wanted)
 
 
 def _tie(owners: dict[Any, Node], node: Node) -> Node:

@@ -74,7 +74,8 @@ class Node(ABC):
     arguments and copies whatever it keeps of `w` (a node that held one of shared's
     own buffers would delete the backbone when a training step donates its state). An
     init with a parameter `extra` is given what lies beside the backbone for its path,
-    a mapping from kind to arrays by name.
+    a mapping from kind to arrays by name; one with a parameter `keys` a function from
+    any path to the key that a node there would be given.
 
     Attributes:
         group: which optimizer trains the node's arrays; declare it as a `static()`

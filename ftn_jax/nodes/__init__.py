@@ -11,6 +11,7 @@ from ftn_jax.nodes.packnet import PackNet
 from ftn_jax.nodes.rcm import RCM
 from ftn_jax.nodes.replace import Replace
 from ftn_jax.nodes.scale import Scale
+from ftn_jax.nodes.stacked import Stacked
 from ftn_jax.nodes.svft import SVFT
 from ftn_jax.nodes.switch import ChannelSwitch
 from ftn_jax.nodes.taps import TAPS
@@ -34,5 +35,6 @@ __all__ = [
     "Scale",
     "SeriesAdapter",
     "SharedBasisAdapter",
+    "Stacked",
     "Tucker",
 ]

@@ -1,21 +1,18 @@
-"""One node for the same weight of all layers, where a network scans over its layers."""
+"""One node for a weight of all layers, for networks that scan over their layers."""
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from ftn_jax.node import Node, is_node, static
-from ftn_jax.paths import path_name
+from ftn_jax.node import Node, static
 
 STACK = "blocks"
-"""Name of a stack of layers: its leaf `blocks/fc/kernel` is that of `blocks_0/fc/...`,
-`blocks_1/fc/...` on a leading axis."""
+"""Name of a stack of layers; alone they are `blocks_0`, `blocks_1`, ..."""
 
 _Init = Callable[..., Node]
 
@@ -39,8 +36,10 @@ class Stacked(Node):
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from functools import partial
         >>> from ftn_jax import make_delta
         >>> from ftn_jax.nodes import CP
+        >>> from ftn_jax.nodes.stacked_rules import stacked_rules
         >>> shared = {"blocks": {"fc": {"kernel": jnp.ones((3, 8, 4))}}}
         >>> rules = {r"blocks_\\d+/fc/kernel": partial(CP.init, rank=2)}
         >>> delta = make_delta(jax.random.key(0), shared, stacked_rules(shared, rules))
@@ -126,13 +125,13 @@ class Stacked(Node):
         for i in range(self.layers):
             node = jax.tree.map(lambda x, i=i: x[i], bare)
             own = common if i == 0 else {}
-            label = {"share": _numbered(self.share, i)} if self.share else {}
+            label = {"share": numbered(self.share, i)} if self.share else {}
             found.append(node.replace(**own, **label))
         return found
 
     def paths(self) -> list[str]:
         """Return the paths of the layers' weights in the network not scanned."""
-        return [_numbered(self.place, i) for i in range(self.layers)]
+        return [numbered(self.place, i) for i in range(self.layers)]
 
     def merge(self, w: Float[Array, "layers ..."]) -> Float[Array, "layers ..."]:
         """Return the weights of all layers, in w's dtype.
@@ -177,7 +176,7 @@ class Stacked(Node):
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("inner")
-        if is_node(inner) and name in type(inner).data_fields:
+        if isinstance(inner, Node) and name in inner.data_fields:
             return getattr(inner, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -206,103 +205,8 @@ for _name in (
     setattr(Stacked, _name, _of_inner(_name))
 
 
-def stacked_rules(
-    shared: Any, rules: Mapping[str, _Init | None]
-) -> dict[str, _Init | None]:
-    """Make rules for single layers fit a network that scans over them.
-
-    Args:
-        shared: the backbone's tree of arrays or shapes; leaves below a key `blocks`
-            are stacked layers. Without one the rules are returned as they are.
-        rules: for the network not scanned: `blocks_0/fc/kernel`, ...
-
-    Returns:
-        Rules for `make_delta`; each leaf of a stack has one of its own.
-
-    Raises:
-        ValueError: if some layers of a stack have a node and others have none.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(shared)
-    found: dict[str, _Init | None] = {}
-    plain, inside = [], set()
-    for key_path, w in leaves:
-        path = path_name(key_path)
-        place = layer_place(path)
-        if place is None:
-            plain.append(path)
-            continue
-        names = [_numbered(place, i) for i in range(w.shape[0])]
-        hits = [[p for p in rules if re.fullmatch(p, name)] for name in names]
-        inside |= {p for h in hits for p in h}
-        inits = [rules[h[0]] if h else None for h in hits]
-        chosen = [init for init in inits if init is not None]
-        if chosen and len(chosen) < len(inits):
-            without = [n for n, i in zip(names, inits, strict=True) if i is None]
-            raise ValueError(
-                f"{path}: layers of one stack need a node each or none at all, found "
-                f"none for {without}; adapt the network with separate layers "
-                "(unstack_layers)"
-            )
-        if chosen:
-            found[re.escape(path)] = partial(Stacked.init, inits=chosen, place=place)
-        elif any(hits):
-            found[re.escape(path)] = None
-    if len(plain) == len(leaves):
-        return dict(rules)
-    for pattern, init in rules.items():
-        outside = any(re.fullmatch(pattern, path) for path in plain)
-        if outside or pattern not in inside:  # one that fits nothing shall be told of
-            found[pattern] = init
-    return found
-
-
-def layer_leaves(shared: Any) -> dict[str, Any]:
-    """List the leaves by path as in the network not scanned."""
-    found = {}
-    for key_path, w in jax.tree_util.tree_leaves_with_path(shared):
-        path = path_name(key_path)
-        place = layer_place(path)
-        if place is None:
-            found[path] = w
-        else:
-            found |= {_numbered(place, i): w[i] for i in range(w.shape[0])}
-    return found
-
-
-def stack_entries(
-    shared: Any, entries: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
-    """Bring arrays by path and name, made for single layers, to the paths of `shared`.
-
-    For what lies beside the backbone: `extend(shared, svd=stack_entries(shared, ...))`.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for key_path, w in jax.tree_util.tree_leaves_with_path(shared):
-        path = path_name(key_path)
-        place = layer_place(path)
-        if place is None:
-            if path in entries:
-                found[path] = dict(entries[path])
-            continue
-        own = [entries.get(_numbered(place, i)) for i in range(w.shape[0])]
-        layers = [x for x in own if x is not None]
-        if len(layers) == len(own):
-            found[path] = {n: jnp.stack([x[n] for x in layers]) for n in layers[0]}
-    return found
-
-
-def layer_place(path: str) -> str | None:
-    """Return the path of a layer's leaf for that of a stack's, else None.
-
-    Example:
-        >>> layer_place("blocks/fc/kernel")
-        'blocks_{}/fc/kernel'
-    """
-    before, found, rest = f"/{path}".rpartition(f"/{STACK}/")
-    return f"{before}/{STACK}_{{}}/{rest}".lstrip("/") if found else None
-
-
-def _numbered(name: str | None, layer: int) -> str:
+def numbered(name: str | None, layer: int) -> str:
+    """Put a layer's number in the place of `{}`."""
     return (name or "").replace("{}", str(layer))
 
 
@@ -312,7 +216,7 @@ def _label(labels: Sequence[str | None]) -> str | None:
     if all(label == first for label in labels):
         return first
     pattern = re.sub(rf"\b{STACK}_0\b", f"{STACK}_{{}}", first or "")
-    if any(label != _numbered(pattern, i) for i, label in enumerate(labels)):
+    if any(label != numbered(pattern, i) for i, label in enumerate(labels)):
         raise ValueError(
             f"share labels of stacked layers are one, or differ as {STACK}_0, "
             f"{STACK}_1, ...; found {[*labels]}"

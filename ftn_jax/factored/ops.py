@@ -1,0 +1,207 @@
+"""The two operations that are factored: `lax.conv_general_dilated`, `dot_general`."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from ftn_jax.factored.factors import Factors, Roles
+
+
+class Op(Protocol):
+    """An operation on inputs and a kernel, with everything but these two bound."""
+
+    @property
+    def name(self) -> str:
+        """What the operation is called in a plan."""
+        ...
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Steps of the window; empty where there is none."""
+        ...
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of channels that do not see each other."""
+        ...
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The other arguments, `precision` among them."""
+        ...
+
+    def roles(self, ndim: int) -> Roles | None:
+        """Return the roles of the kernel's axes; `None`: there is no low-rank path."""
+        ...
+
+    def __call__(
+        self, x: Float[Array, "..."], kernel: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Run the operation itself."""
+        ...
+
+    def narrow(
+        self, x: Float[Array, "..."], kernel: tuple[int, ...], factors: Factors
+    ) -> Float[Array, "*front c"]:
+        """Run it with the kernel that `taps` and `left` make: out to rank channels.
+
+        Args:
+            x: inputs.
+            kernel: shape of the whole kernel.
+            factors: of the kernel; `right` is not used.
+
+        Returns:
+            The narrow map, with `rank` channels for each group.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """`lax.dot_general`, as Dense and DenseGeneral layers call it."""
+
+    dimension_numbers: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "dot"
+    strides: tuple[int, ...] = ()
+    groups: int = 1
+
+    def roles(self, ndim: int) -> Roles | None:
+        """Return which of the kernel's axes are summed over."""
+        (_, contracted), (batch, _) = self.dimension_numbers
+        if batch or not contracted:
+            return None
+        outputs = tuple(a for a in range(ndim) if a not in contracted)
+        return Roles((), tuple(contracted), outputs)
+
+    def __call__(
+        self, x: Float[Array, "..."], kernel: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Run `lax.dot_general`."""
+        return lax.dot_general(x, kernel, self.dimension_numbers, **self.options)
+
+    def narrow(
+        self, x: Float[Array, "..."], kernel: tuple[int, ...], factors: Factors
+    ) -> Float[Array, "*front r"]:
+        """Contract with `left`; without taps, their factor has one row, of ones."""
+        (axes, contracted), _ = self.dimension_numbers
+        left = factors.left.reshape(*(kernel[a] for a in contracted), -1)
+        return contract(x, left, axes, range(len(axes)), self.options)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """`lax.conv_general_dilated`, as Conv layers call it: channels last."""
+
+    strides: tuple[int, ...]
+    padding: Any
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int
+    options: Mapping[str, Any]
+    name: str = "conv"
+
+    def roles(self, ndim: int) -> Roles | None:
+        """Return taps, input and output channels, if they lie as Flax lays them."""
+        last = ndim - 1
+        spatial = tuple(range(ndim - 2))
+        behind = tuple(a + 1 for a in spatial)
+        found = self.options.get("dimension_numbers")
+        expected = ((0, last, *behind), (last, last - 1, *spatial), (0, last, *behind))
+        if found is None or tuple(map(tuple, found)) != expected:
+            return None
+        return Roles(spatial, (last - 1,), (last,))
+
+    def __call__(
+        self, x: Float[Array, "..."], kernel: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Run `lax.conv_general_dilated`."""
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            self.padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            feature_group_count=self.groups,
+            **self.options,
+        )
+
+    def narrow(
+        self, x: Float[Array, "n *s i"], kernel: tuple[int, ...], factors: Factors
+    ) -> Float[Array, "n *t g*r"]:
+        """Convolve to `rank` channels, or mix the channels and go over the taps.
+
+        Depthwise convolutions are slow, in their gradient above all; the taps are
+        shifted multiply-adds of a map that has few channels.
+        """
+        if factors.taps is None:
+            left = factors.left.reshape(*kernel[:-1], -1).astype(x.dtype)
+            return self(x, jnp.tile(left, self.groups))
+        window, steps = kernel[:-2], self.strides
+        pads = self._pads(x.shape[1:-1], window)
+        if math.prod(window) == 1 and not any(map(any, pads)):
+            every = [slice(None, None, s) for s in steps]
+            x, steps = x[:, *every], (1,) * len(steps)
+            pads = [(0, 0)] * len(steps)
+        *front, channels = x.shape
+        x = x.reshape(*front, self.groups, channels // self.groups)
+        mixed = contract(x, factors.left, [x.ndim - 1], [0], self.options)
+        mixed = mixed.reshape(*front, -1)
+        inside = [
+            (lo, hi, d - 1)
+            for (lo, hi), d in zip(pads, self.input_dilation, strict=True)
+        ]
+        around = [(0, 0, 0), *inside, (0, 0, 0)]
+        mixed = lax.pad(mixed, jnp.zeros((), mixed.dtype), around)
+        taps = jnp.tile(factors.taps, (1, self.groups)).astype(mixed.dtype)
+        return self._shifted_sum(mixed, window, steps, taps)
+
+    def _shifted_sum(
+        self, x: Any, window: tuple[int, ...], steps: tuple[int, ...], taps: Any
+    ) -> Float[Array, "n *t c"]:
+        """Sum the map as each tap sees it, each channel times the tap's weight."""
+        shape = zip(x.shape[1:-1], window, self.kernel_dilation, steps, strict=True)
+        reach = [(n - (k - 1) * d - 1) // s * s + 1 for n, k, d, s in shape]
+        total = jnp.zeros((), x.dtype)
+        for tap, place in enumerate(itertools.product(*map(range, window))):
+            start = [p * d for p, d in zip(place, self.kernel_dilation, strict=True)]
+            stop = [a + n for a, n in zip(start, reach, strict=True)]
+            seen = lax.slice(
+                x,
+                (0, *start, 0),
+                (x.shape[0], *stop, x.shape[-1]),
+                (1, *steps, 1),
+            )
+            total = total + seen * taps[tap].reshape((1,) * (x.ndim - 1) + (-1,))
+        return total
+
+    def _pads(
+        self, sizes: tuple[int, ...], window: tuple[int, ...]
+    ) -> list[tuple[int, int]]:
+        if not isinstance(self.padding, str):
+            return [(lo, hi) for lo, hi in self.padding]
+        given = zip(sizes, self.input_dilation, strict=True)
+        dilated = [(n - 1) * d + 1 for n, d in given]
+        taps = zip(window, self.kernel_dilation, strict=True)
+        spans = [(k - 1) * d + 1 for k, d in taps]
+        return list(lax.padtype_to_pads(dilated, spans, self.strides, self.padding))
+
+
+def contract(
+    x: Any, y: Any, x_axes: Any, y_axes: Any, options: Mapping[str, Any]
+) -> Float[Array, "..."]:
+    """Sum over axes of x and y, in x's type, the sum in float32 or better."""
+    return lax.dot_general(
+        x,
+        y.astype(x.dtype),
+        ((tuple(x_axes), tuple(y_axes)), ((), ())),
+        precision=options.get("precision"),
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
