@@ -26,7 +26,10 @@ from ftn_jax.models import clip_vit_b32, stack_layers, unstack_layers, vit_tiny_
 from ftn_jax.presets.text_head import head_from_embeddings
 from ftn_jax.presets.vit import VIT, VIT_METHODS
 
-OPTIONS = {"kadaptation_qv": {"n": 4, "scale": 1.0}}
+OPTIONS = {
+    "kadaptation_qv": {"n": 4, "scale": 1.0},
+    "ftn_qv": {"std": 0.5},  # plain descent hardly moves the papers' small factors
+}
 # Not at the pretrained network: their authors' starts.
 AWAY = {"ftn_qv", "ftn_o", "ftn_attention", "ftn_attention_mlp"}
 PUBLISHED = {
