@@ -39,7 +39,8 @@ from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.results import describe_device
 from ftn_jax.sizes import backbone_size, stored_size
 
-RATES = dict.fromkeys(("factors", "masks", "adapters", "weights", "norm", "head"), 1e-4)
+GROUPS = ("factors", "masks", "adapters", "weights", "norm", "head")
+RATES: dict[str, float] = {group: 1e-4 for group in GROUPS}
 
 
 @dataclass(frozen=True)

@@ -63,4 +63,5 @@ def hooked() -> Iterator[None]:
 
 def _unwrapped(layer: type[Any]) -> Any:
     """Return the function that Flax wraps as the class's `__call__`."""
-    return layer.__call__.__wrapped__
+    call: Any = layer.__call__
+    return call.__wrapped__
