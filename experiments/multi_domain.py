@@ -148,6 +148,9 @@ class Config:
     """Share of the training images that is held out to choose rates."""
     choose_on: ChooseOn = "each"
     """Choose rates on each domain, or on the first one for all of them."""
+    choose_fine_tuning_on: ChooseOn | None = None
+    """The same for rates of whole weights, which differ more from domain to domain;
+    default: as choose_on."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 32
@@ -233,6 +236,7 @@ def contenders(cfg: Config, backbone: Backbone) -> dict[str, Contender]:
             lambda classes: method(classes=classes),
             candidates(cfg, groups),
             {"adapters": cfg.adapter_decay} if "adapters" in groups else {},
+            cfg.choose_fine_tuning_on if "weights" in groups else None,
         )
 
     for name in names:

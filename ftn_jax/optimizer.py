@@ -1,10 +1,12 @@
 """The papers' optimizer: one optax transformation for each group of nodes."""
 
-from collections.abc import Hashable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from ftn_jax.core import groups
 
@@ -59,13 +61,13 @@ def make_optimizer(
         )
 
     def transform(group: str, peak: float) -> optax.GradientTransformation:
-        rate = _schedule(schedule, peak, steps, warmup_steps, power)
+        rate = _scale_by_rate(schedule, peak, steps - warmup_steps, warmup_steps, power)
+        decayed = optax.add_decayed_weights(decay.get(group, 0.0))
         if group in adam:
-            return optax.adamw(rate, weight_decay=decay.get(group, 0.0))
-        sgd = optax.sgd(rate, momentum=momentum or None)
-        if not decay.get(group):
-            return sgd
-        return optax.chain(optax.add_decayed_weights(decay[group]), sgd)
+            return optax.chain(optax.scale_by_adam(), decayed, rate)
+        kept = optax.trace(momentum) if momentum else optax.identity()
+        first = [decayed] if decay.get(group) else []
+        return optax.chain(*first, kept, rate)
 
     def labels(delta: Any) -> Any:
         found = groups(delta)
@@ -85,21 +87,44 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip_norm), tx)
 
 
-def _schedule(
-    name: str, peak: float, steps: int, warmup_steps: int, power: float
-) -> optax.Schedule:
-    rest = steps - warmup_steps
-    if name == "cosine":
-        body = optax.cosine_decay_schedule(peak, rest)
-    elif name == "polynomial":
-        body = optax.polynomial_schedule(peak, 0.0, power, rest)
-    elif name == "constant":
-        body = optax.constant_schedule(peak)
-    else:
+class _Rate(NamedTuple):
+    """The state of a scheduled rate."""
+
+    count: Int[Array, ""]
+    peak: Float[Array, ""]
+    steps: Float[Array, ""]
+    warmup: Float[Array, ""]
+
+
+def _scale_by_rate(
+    schedule: str, peak: float, steps: int, warmup: int, power: float
+) -> optax.GradientTransformation:
+    """Multiply updates by minus the rate of each step.
+
+    Peak and lengths are part of the state, not of the program: runs that differ in
+    nothing else are one program, compiled once.
+    """
+    shapes: dict[str, Callable[[Any], Any]] = {
+        "cosine": lambda done: (1 + jnp.cos(jnp.pi * done)) / 2,
+        "polynomial": lambda done: (1 - done) ** power,
+        "constant": jnp.ones_like,
+    }
+    if schedule not in shapes:
         raise ValueError(
-            f"schedule must be cosine, polynomial or constant, found {name!r}"
+            f"schedule must be cosine, polynomial or constant, found {schedule!r}"
         )
-    if not warmup_steps:
-        return body
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    return optax.join_schedules([warmup, body], [warmup_steps])
+
+    def init(params: Any) -> _Rate:
+        lengths = (jnp.asarray(x, jnp.float32) for x in (peak, steps, warmup))
+        return _Rate(jnp.zeros((), jnp.int32), *lengths)
+
+    def update(updates: Any, state: _Rate, params: Any = None) -> tuple[Any, _Rate]:
+        done = jnp.clip((state.count - state.warmup) / state.steps, 0, 1)
+        rising = jnp.where(
+            state.count < state.warmup, state.count / jnp.maximum(state.warmup, 1), 1.0
+        )
+        rate = state.peak * rising * shapes[schedule](done)
+        updates = jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates)
+        return updates, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)

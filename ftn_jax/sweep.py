@@ -27,11 +27,13 @@ class Contender(NamedTuple):
         rates: learning rates by optimizer group, one mapping for each candidate; the
             first seed tries all, and validation data chooses for every seed.
         weight_decay: by optimizer group.
+        choose_on: where validation data chooses; default the sweep's.
     """
 
     method: Callable[[int], Method]
     rates: Sequence[Mapping[str, float]]
     weight_decay: Mapping[str, float] = {}
+    choose_on: ChooseOn | None = None
 
 
 def sweep(
@@ -136,7 +138,10 @@ def sweep(
                             forward=forward,
                         )
                         for rates in _chosen(results, name, domain.name)
-                        or (choose_on == "first" and _chosen(results, name, first))
+                        or (
+                            (contender.choose_on or choose_on) == "first"
+                            and _chosen(results, name, first)
+                        )
                         or contender.rates
                     ]
                 best = train_best(
