@@ -12,6 +12,12 @@ from ftn_jax import save_task
 # Doctest collection would import these a second time, under another name.
 collect_ignore = ["formulas", "saved.py", "toy.py", "trees.py", "weights.py"]
 
+# Most of the suite's time is XLA compiling programs that run once, on tiny arrays: a
+# third of it is saved by compiling them without the expensive passes. Read when the
+# first array is made.
+_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+
 # Two devices on any machine, so that pmap and shard_map have something to map over.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
