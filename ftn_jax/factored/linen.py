@@ -35,16 +35,15 @@ def hooked() -> Iterator[None]:
     """
     from flax import linen as nn
 
-    layers = (nn.Conv, nn.Dense, nn.DenseGeneral)
+    layers: tuple[Any, ...] = (nn.Conv, nn.Dense, nn.DenseGeneral)
+    calls = {layer.__call__.__wrapped__: layer for layer in layers}
 
     def intercept(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, method = context.module, context.orig_method.func
         # A layer's own call, not that of a class made from it (`nn.jit(nn.Conv)`),
         # which copies its fields into a layer of its own.
-        own = any(
-            isinstance(module, layer) and method is _unwrapped(layer)
-            for layer in layers
-        )
+        layer = calls.get(method)
+        own = layer is not None and isinstance(module, layer)
         if not own or not module.has_variable("params", BESIDE):
             return run(*args, **kwargs)
         field = next(name for name in FIELDS if hasattr(module, name))
@@ -59,9 +58,3 @@ def hooked() -> Iterator[None]:
 
     with nn.intercept_methods(intercept):
         yield
-
-
-def _unwrapped(layer: type[Any]) -> Any:
-    """Return the function that Flax wraps as the class's `__call__`."""
-    call: Any = layer.__call__
-    return call.__wrapped__

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ftn_jax.factored.factors import Factors
-from ftn_jax.factored.ops import Op
+from ftn_jax.factored.ops import Op, contract
 
 Run = Callable[[Float[Array, "..."], Float[Array, "..."], Factors], Any]
 
@@ -74,8 +73,16 @@ def _widen(
     shape: tuple[int, ...],
 ) -> Float[Array, "..."]:
     """Take each group's rank channels to its output channels."""
-    x, y = _rows(op, narrow), right.reshape(op.groups, -1, right.shape[-1])
-    return _sum(op, "ngr,gor->ngo", x, y).reshape(shape)
+
+    def widen(narrow: Any, right: Any) -> Float[Array, "n o"]:
+        return contract(narrow, right, [1], [1], op.options)
+
+    places = math.prod(narrow.shape[:-1])
+    rows = narrow.reshape(places, op.groups, -1)
+    columns = right.reshape(op.groups, -1, right.shape[-1])
+    if op.groups > 1:
+        return jax.vmap(widen, (1, 0), 1)(rows, columns).reshape(shape)
+    return widen(rows[:, 0], columns[0]).reshape(shape)
 
 
 def _widen_back(
@@ -85,37 +92,22 @@ def _widen_back(
     out_bar: Float[Array, "..."],
 ) -> tuple[Float[Array, "*front g*r"], Float[Array, "g*o r"]]:
     """Return the gradients of the narrow map and of `right`."""
-    wide = _rows(op, out_bar.reshape(*narrow.shape[:-1], -1))
-    split = right.reshape(op.groups, -1, right.shape[-1])
-    narrow_bar = _sum(op, "ngo,gor->ngr", wide, split).reshape(narrow.shape)
-    # The narrow map is the one to be transposed, and it comes first.
-    right_bar = _sum(op, "ngr,ngo->gro", _rows(op, narrow), wide)
-    right_bar = right_bar.swapaxes(1, 2).reshape(right.shape)
-    return narrow_bar.astype(narrow.dtype), right_bar.astype(right.dtype)
 
+    def back(narrow: Any, right: Any, out_bar: Any) -> tuple[Any, Any]:
+        narrow_bar = contract(out_bar, right, [1], [0], op.options)
+        # The narrow one first, since a product over rows has its first one transposed.
+        narrow = narrow.astype(out_bar.dtype)
+        return narrow_bar, contract(narrow, out_bar, [0], [0], op.options).T
 
-def _rows(op: Op, x: Float[Array, "*front g*c"]) -> Float[Array, "n g c"]:
-    return x.reshape(math.prod(x.shape[:-1]), op.groups, -1)
-
-
-def _sum(
-    op: Op, subscripts: str, x: Float[Array, "_ _ _"], y: Float[Array, "_ _ _"]
-) -> Float[Array, "_ _ _"]:
-    """Multiply in the less precise of the two types, sum in float32 or better."""
-    dtype = min(x.dtype, y.dtype, key=lambda d: jnp.finfo(d).bits)
-    out = subscripts[-3:]
-    if op.groups == 1:  # an axis of one entry would have large arrays copied
-        group = [subscripts.index("g"), subscripts[4:].index("g")]
-        x, y = x.squeeze(group[0]), y.squeeze(group[1])
-        subscripts = subscripts.replace("g", "")
-    total = jnp.einsum(
-        subscripts,
-        x.astype(dtype),
-        y.astype(dtype),
-        precision=op.options.get("precision"),
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-    )
-    return jnp.expand_dims(total, out.index("g")) if op.groups == 1 else total
+    places = math.prod(narrow.shape[:-1])
+    rows, bars = (x.reshape(places, op.groups, -1) for x in (narrow, out_bar))
+    columns = right.reshape(op.groups, -1, right.shape[-1])
+    if op.groups > 1:
+        narrow_bar, right_bar = jax.vmap(back, (1, 0, 1), (1, 0))(rows, columns, bars)
+    else:  # not as a group of one: large arrays would be copied for it
+        narrow_bar, right_bar = back(rows[:, 0], columns[0], bars[:, 0])
+    narrow_bar = narrow_bar.reshape(narrow.shape).astype(narrow.dtype)
+    return narrow_bar, right_bar.reshape(right.shape).astype(right.dtype)
 
 
 def _with_right(factors: Factors, right: Any) -> Factors:

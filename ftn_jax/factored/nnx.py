@@ -1,5 +1,6 @@
 """Reach the operations of a Flax NNX network."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ class StandIn:
         from flax import nnx
 
         companion = jax.tree.map(
-            lambda x: x[...], self.companion, is_leaf=_is_variable(nnx)
+            lambda x: x[...],
+            self.companion,
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
         return FIELDS[self.field](companion)(*args, **options)
 
@@ -39,9 +42,8 @@ register(StandIn, ("companion",), ("field",))
 
 def is_state(params: Any) -> bool:
     """Tell whether these are the parameters of an NNX network."""
-    from flax import nnx
-
-    return isinstance(params, nnx.State)
+    nnx = sys.modules.get("flax.nnx")  # where it was not loaded, nothing is of it
+    return nnx is not None and isinstance(params, nnx.State)
 
 
 def hooked(companions: Mapping[str, Companion]) -> AbstractContextManager[None]:
@@ -87,7 +89,3 @@ def _free_field(module: Any) -> str | None:
         unset = module.dot_general is None and module.dot_general_cls is None
         return "dot_general" if unset else None
     return None
-
-
-def _is_variable(nnx: Any) -> Any:
-    return lambda x: isinstance(x, nnx.Variable)

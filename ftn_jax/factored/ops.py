@@ -75,7 +75,7 @@ class Contraction:
     def roles(self, ndim: int) -> Roles | None:
         """Return which of the kernel's axes are summed over."""
         (_, contracted), (batch, _) = self.dimension_numbers
-        if batch or not contracted:
+        if batch or not contracted or not _plain(self.options):
             return None
         outputs = tuple(a for a in range(ndim) if a not in contracted)
         return Roles((), tuple(contracted), outputs)
@@ -114,7 +114,8 @@ class Convolution:
         behind = tuple(a + 1 for a in spatial)
         found = self.options.get("dimension_numbers")
         expected = ((0, last, *behind), (last, last - 1, *spatial), (0, last, *behind))
-        if found is None or tuple(map(tuple, found)) != expected:
+        laid = found is not None and tuple(map(tuple, found)) == expected
+        if not laid or not _plain(self.options):
             return None
         return Roles(spatial, (last - 1,), (last,))
 
@@ -192,6 +193,12 @@ class Convolution:
         taps = zip(window, self.kernel_dilation, strict=True)
         spans = [(k - 1) * d + 1 for k, d in taps]
         return list(lax.padtype_to_pads(dilated, spans, self.strides, self.padding))
+
+
+def _plain(options: Mapping[str, Any]) -> bool:
+    """Tell whether the low-rank path honours all options (not, say, a sharding)."""
+    known = {"dimension_numbers", "precision", "preferred_element_type"}
+    return {*options} <= known
 
 
 def contract(
