@@ -90,12 +90,12 @@ class StateFolder:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """List shapes by path, but for the key, whose words Orbax counts as an axis."""
+    """List shapes by path, but for keys, whose words Orbax counts as an axis."""
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    return {path: shape for path, shape in shapes.items() if path != "key"}
+    return {p: shape for p, shape in shapes.items() if p.split("/")[-1] != "key"}
 
 
 def _standard_save(state: TaskState) -> Any:

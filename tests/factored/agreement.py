@@ -18,9 +18,6 @@ from ftn_jax.paths import path_name
 KEY = jax.random.key(0)
 CHAIN, BRANCH = Factored(choose="chain"), Factored(choose="branch")
 
-# Compiling is what these tests cost; what is compiled need not be fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 class Zoo(nn.Module):
     """Runs each layer on an input of its own; sequential where a value is a list."""
@@ -72,15 +69,10 @@ class Case:
             return gradients, outputs, self.apply(shared, {}, batch, train=True)[0]
 
         arguments = self.delta, self.shared, self.batch
-        gradients, outputs, frozen = quickly(run, *arguments)
+        gradients, outputs, frozen = jax.jit(run)(*arguments)
         near = {p: d for p, d in distances(frozen, outputs).items() if d < 1e-2}
         assert not near, f"control: the delta does not matter in {near}"
         return gradients, outputs
-
-
-def quickly(function, *arguments):
-    """Compile without optimizations, and run once."""
-    return jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
 
 
 def draw(rng, shape, dtype=jnp.float32):

@@ -12,7 +12,6 @@ from factored.agreement import (
     KEY,
     assert_same_numbers,
     draw,
-    quickly,
     swing,
 )
 from flax import nnx
@@ -108,7 +107,7 @@ def numbers(forward, case):
         return swing(outputs[0]), outputs
 
     gradient = jax.grad(objective, has_aux=True)
-    return quickly(gradient, delta, shared, state, batch)
+    return jax.jit(gradient)(delta, shared, state, batch)
 
 
 @pytest.mark.slow
