@@ -27,7 +27,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 
 
 # plug_in.md has a test file of its own.
-@pytest.mark.parametrize("path", [ROOT / "docs" / "methods.md"], ids=["methods"])
+@pytest.mark.parametrize(
+    "path", [p for p in DOCS if p.stem != "plug_in"], ids=lambda path: path.stem
+)
 def test_blocks_of_the_docs_run_in_order(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
