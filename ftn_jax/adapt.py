@@ -1,19 +1,18 @@
 """Adapt one backbone to one domain by one method: the papers' unit of work."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
-from ftn_jax import metrics
 from ftn_jax.core import make_delta, materialize
 from ftn_jax.data import (
+    Batch,
     Source,
     Transform,
     eval_batches,
@@ -23,6 +22,7 @@ from ftn_jax.data import (
 )
 from ftn_jax.fit import OnLog, fit
 from ftn_jax.forward import Forward, merged
+from ftn_jax.measure import CLASSIFICATION, Measure
 from ftn_jax.method import Backbone, Method, Stage
 from ftn_jax.optimizer import Schedule, make_optimizer
 from ftn_jax.resume import StateFolder
@@ -80,6 +80,7 @@ class Adaptation:
         source: Source,
         *,
         transform: Transform,
+        measure: Measure = CLASSIFICATION,
         forward: Forward = merged,
     ) -> None:
         """Prepare the optimizer and the jitted step of each of the method's stages.
@@ -90,6 +91,7 @@ class Adaptation:
             recipe: how to train.
             source: training examples.
             transform: their augmentation and normalisation.
+            measure: has the loss.
             forward: how to run the network on `(shared, delta)`.
 
         Raises:
@@ -118,6 +120,7 @@ class Adaptation:
             step = make_train_step(
                 apply,
                 tx,
+                loss=measure.loss,
                 penalty=self._penalty(first),
                 forward=forward,
                 frozen_stats=method.frozen_stats,
@@ -221,8 +224,20 @@ def _shifted(on_log: OnLog | None, first: int) -> OnLog | None:
     return on_log and (lambda step, means: on_log(first + step, means))
 
 
+class Tested(NamedTuple):
+    """What a look at the test data gives.
+
+    Attributes:
+        scores: the measure's numbers.
+        outputs_sha256: of all outputs, in order.
+    """
+
+    scores: dict[str, float]
+    outputs_sha256: str
+
+
 class Evaluator:
-    """Evaluate a backbone's tasks of one size of head."""
+    """Evaluate a backbone's tasks of one size of head and one measure."""
 
     def __init__(
         self,
@@ -231,6 +246,7 @@ class Evaluator:
         classes: int,
         transform: Transform,
         batch_size: int = 256,
+        measure: Measure = CLASSIFICATION,
     ) -> None:
         """Prepare the jitted steps.
 
@@ -239,9 +255,10 @@ class Evaluator:
             classes: number of the tasks' classes.
             transform: resizing and normalisation, nothing random.
             batch_size: images per step; the last batch is padded and masked.
+            measure: what the outputs are judged by.
         """
         self.shared, self.transform = backbone.shared, transform
-        self.batch_size = batch_size
+        self.batch_size, self.measure = batch_size, measure
         apply = backbone.network(classes)
         self._outputs = jax.jit(make_eval_step(apply, metrics=None))
 
@@ -251,31 +268,36 @@ class Evaluator:
         other.shared = shared
         return other
 
-    def outputs(self, task: Task, source: Source) -> np.ndarray:
+    def outputs(self, task: Task, source: Source) -> Any:
         """Return the network's outputs for every example, in order."""
-        params, merged = self._merge(task)
+        parts = [_real(*pair) for pair in self._run(task, source)]
+        return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+    def score(self, task: Task, source: Source) -> dict[str, float]:
+        """Return the measure's numbers over all of the source."""
+        collect = self.measure.collect
+        return self.measure.score([collect(*pair) for pair in self._run(task, source)])
+
+    def test(self, task: Task, source: Source) -> Tested:
+        """Score, and hash the outputs."""
+        seen, collected = sha256(), []
+        for outputs, batch in self._run(task, source):
+            collected.append(self.measure.collect(outputs, batch))
+            for leaf in jax.tree.leaves(_real(outputs, batch)):
+                seen.update(leaf.tobytes())
+        return Tested(self.measure.score(collected), seen.hexdigest())
+
+    def _run(self, task: Task, source: Source) -> Iterator[tuple[Any, Batch]]:
+        # Merged once for all batches; what runs then is the same for every method.
+        params = materialize(self.shared, task.delta)
+        merged = Task(jax.tree.map(lambda _: None, params), task.model_state)
         stream = eval_batches(
             source, batch_size=self.batch_size, transform=self.transform
         )
-        return np.concatenate(
-            [
-                np.asarray(self._outputs(params, merged, batch))[batch["mask"] > 0]
-                for batch in prefetch(stream)
-            ]
-        )
-
-    def score(self, task: Task, source: Source) -> dict[str, float]:
-        """Return the mean loss (nats) and the accuracy over all of the source."""
-        return score(self.outputs(task, source), source)
-
-    def _merge(self, task: Task) -> tuple[Any, Task]:
-        """Merge once for all batches; what runs then is the same for every method."""
-        params = materialize(self.shared, task.delta)
-        nothing = jax.tree.map(lambda _: None, params)
-        return params, Task(nothing, task.model_state)
+        for batch in prefetch(stream):
+            yield self._outputs(params, merged, batch), batch
 
 
-def score(logits: Float[np.ndarray, "n classes"], source: Source) -> dict[str, float]:
-    """Return the mean loss (nats) and the accuracy of a source's logits."""
-    labels = jnp.asarray(source.labels)
-    return metrics.means(metrics.classification(jnp.asarray(logits), {"label": labels}))
+def _real(outputs: Any, batch: Batch) -> Any:
+    """Leave out what only fills the batch."""
+    return jax.tree.map(lambda x: np.asarray(x)[batch["mask"] > 0], outputs)

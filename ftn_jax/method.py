@@ -16,12 +16,16 @@ class Layers(NamedTuple):
         head: kernel and bias of the last layer, classes on the last axis.
         stem: the first kernels, where the papers' FTN leaves them out but other
             methods touch them; `None` if `kernels` has them.
+        new_head: `classes -> Rules` of a task's own head, for a head of several layers
+            (a decoder). Default: kernel and bias of `head` start afresh, with the
+            classes on the last axis.
     """
 
     kernels: str
     norms: str | None
     head: str
     stem: str | None = None
+    new_head: Callable[[int], Rules] | None = None
 
     @property
     def all_kernels(self) -> str:

@@ -12,6 +12,7 @@ from ftn_jax.adapt import Adaptation, Evaluator, Recipe
 from ftn_jax.checkpoint import fingerprint, restore_task
 from ftn_jax.data import Domain, Transform, describe, digest, split
 from ftn_jax.forward import Forward, merged
+from ftn_jax.measure import CLASSIFICATION, Measure
 from ftn_jax.method import Backbone, Method
 from ftn_jax.results import Results
 from ftn_jax.trial import finish, short_hash, train_best
@@ -48,6 +49,8 @@ def sweep(
     seeds: Sequence[int] = (0,),
     validation: float = 0.1,
     choose_on: ChooseOn = "each",
+    measures: Mapping[str, Measure] = {},
+    eval_batch_size: int = 256,
     forward: Forward = merged,
     workdir: Path,
 ) -> None:
@@ -71,6 +74,10 @@ def sweep(
         validation: share of the training data that is held out; 0 for none.
         choose_on: where validation data chooses among a contender's rates: on
             `"each"` domain, or on the `"first"` for all of them.
+        measures: what a domain is trained on and judged by, by its name, where that
+            is not classification; the domain's class names then are those of the
+            network's outputs.
+        eval_batch_size: images per step of validation and test.
         forward: how training runs the network on `(shared, delta)`.
         workdir: the experiment's folder.
 
@@ -94,8 +101,13 @@ def sweep(
     prepared: dict[str, Backbone] = {}
     chains: dict[tuple[str, int], Backbone] = {}
     for n, domain in enumerate(domains):
+        measure = measures.get(domain.name, CLASSIFICATION)
         evaluator = Evaluator(
-            backbone, classes=domain.num_classes, transform=eval_transform
+            backbone,
+            classes=domain.num_classes,
+            transform=eval_transform,
+            batch_size=eval_batch_size,
+            measure=measure,
         )
         train, held_out = domain.train, None
         if validation:
@@ -135,6 +147,7 @@ def sweep(
                             ),
                             train,
                             transform=train_transform,
+                            measure=measure,
                             forward=forward,
                         )
                         for rates in _chosen(results, name, domain.name)
@@ -174,7 +187,7 @@ def sweep(
                 shutil.rmtree(workdir / "state" / place, ignore_errors=True)
                 print(
                     f"{domain.name:>20}  {name:<24} seed {seed}  "
-                    f"{100 * row.value:5.1f} %  {row.seconds:6.1f} s",
+                    f"{measure.show(row.value)}  {row.seconds:6.1f} s",
                     flush=True,
                 )
                 # Later seeds train with what validation chose for the first.

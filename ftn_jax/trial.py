@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ftn_jax.adapt import Adaptation, Evaluator, score
+from ftn_jax.adapt import Adaptation, Evaluator
 from ftn_jax.checkpoint import save_task
 from ftn_jax.command import progress_bar
 from ftn_jax.core import compact, count
@@ -65,7 +65,11 @@ def train_best(
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
         validation = evaluator.score(state.task, held_out) if held_out else None
-        if best is None or _better(validation, best.validation):
+        if best is None or (
+            validation
+            and best.validation
+            and evaluator.measure.better(validation, best.validation)
+        ):
             best = Trained(state.task, rates, validation, seconds, adaptation.steps)
     if best is None:
         assert failure is not None
@@ -88,8 +92,8 @@ def finish(
 ) -> tuple[Row, Any]:
     """Look at the test data, save the task, and make its row."""
     task = replace(best.task, delta=compact(best.task.delta))
-    logits = evaluator.outputs(task, domain.test)
-    test = score(logits, domain.test)
+    test, outputs_hash = evaluator.test(task, domain.test)
+    metric = evaluator.measure.metric
     save_task(
         folder,
         task,
@@ -100,8 +104,8 @@ def finish(
         metadata={
             "method": name,
             "seed": seed,
-            "accuracy": test["accuracy"],
-            "test_logits_sha256": sha256(logits.tobytes()).hexdigest(),
+            metric: test[metric],
+            "test_logits_sha256": outputs_hash,
         },
     )
     parts = count(best.task.delta).by_group
@@ -109,8 +113,8 @@ def finish(
         method=name,
         task=domain.name,
         seed=seed,
-        metric="accuracy",
-        value=test["accuracy"],
+        metric=metric,
+        value=test[metric],
         task_params=stored_size(task.delta),
         shared_params=backbone_size(backbone),
         steps=best.steps,
@@ -120,19 +124,12 @@ def finish(
         | {
             "rates": best.rates,
             "validation": best.validation,
-            "test_loss": test["loss"],
+            **{f"test_{name}": value for name, value in test.items() if name != metric},
             "stored_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         },
         inputs=inputs,
     )
     return row, task.delta
-
-
-def _better(new: dict[str, float] | None, old: dict[str, float] | None) -> bool:
-    """Compare accuracies, then losses: small sets tie often."""
-    if new is None or old is None:
-        return False
-    return (new["accuracy"], -new["loss"]) > (old["accuracy"], -old["loss"])
 
 
 def short_hash(*parts: Any) -> str:

@@ -9,6 +9,7 @@ from ftn_jax.data.batches import (
 )
 from ftn_jax.data.domain import (
     ArraySource,
+    DenseExample,
     Domain,
     Example,
     Source,
@@ -53,6 +54,7 @@ __all__ = [
     "Batch",
     "CenterCrop",
     "Compose",
+    "DenseExample",
     "Domain",
     "Example",
     "Flip",

@@ -10,16 +10,17 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from ftn_jax.data.domain import ArraySource, Source, Subset
+from ftn_jax.data.domain import ArraySource, DenseExample, Source, Subset
 from ftn_jax.data.pipeline import Step, Transform, flatten
 
 # "image" float32 (b, h, w, c); "label" int32 (b,); "mask" float32 (b,): 1 for an
-# example that counts, 0 for one that only fills the batch.
+# example that counts, 0 for one that only fills the batch. Dense examples add their
+# targets by name, (b, h, w) or (b, h, w, c).
 Batch = dict[str, np.ndarray]
 
 T = TypeVar("T")
@@ -203,49 +204,55 @@ def _batches(
         cut -= 1
     each, stacked = steps[:cut], steps[cut:]
 
-    def read(index: int, key: UInt64[np.ndarray, "2"]) -> np.ndarray:
-        image = source[index].image
+    def read(index: int, key: UInt64[np.ndarray, "2"]) -> Batch:
+        example = source[index]
+        item: Any = example.image
+        if isinstance(example, DenseExample):  # its steps change image and targets
+            item = {"image": item, **example.targets}
         # One key for the epoch, one counter for the example: a stream of its own.
         bits = np.random.Philox(key=key, counter=[0, index, 0, 0])
         rng = np.random.Generator(bits)
         for step in each:
-            image = step(rng, image)
-        return image
+            item = step(rng, item)
+        return item if isinstance(item, dict) else {"image": item}
 
     with ThreadPoolExecutor(threads) if threads else nullcontext() as pool:
         run = pool.map if pool else map
         for indices, key in selections:
-            images = None if each else _gather(source, indices)
-            if images is None:
-                images = _stack(list(run(partial(read, key=key), indices.tolist())))
+            batch = None if each else _gather(source, indices)
+            if batch is None:
+                batch = _stack(list(run(partial(read, key=key), indices.tolist())))
             for step in stacked:
-                images = step(np.random.default_rng(0), images)
-            if images.dtype != np.float32:
+                batch["image"] = step(np.random.default_rng(0), batch["image"])
+            if batch["image"].dtype != np.float32:
                 raise ValueError(
-                    f"the transform gives {images.dtype} images, expected float32; "
-                    "end it with Normalize"
+                    f"the transform gives {batch['image'].dtype} images, expected "
+                    "float32; end it with Normalize"
                 )
-            labels = source.labels[indices].astype(np.int32)
+            batch["label"] = source.labels[indices].astype(np.int32)
             mask = np.ones(len(indices), np.float32)
             if len(indices) < batch_size:
                 again = np.arange(batch_size) % len(indices)
-                images, labels = images[again], labels[again]
+                batch = {name: array[again] for name, array in batch.items()}
                 mask = (np.arange(batch_size) < len(indices)).astype(np.float32)
-            yield {"image": images, "label": labels, "mask": mask}
+            yield batch | {"mask": mask}
 
 
-def _gather(source: Source, indices: Int[np.ndarray, " b"]) -> np.ndarray | None:
+def _gather(source: Source, indices: Int[np.ndarray, " b"]) -> Batch | None:
     """Take a stack of images at once where they lie in memory, else give `None`."""
     while isinstance(source, Subset):
         indices, source = source.indices[indices], source.source
-    return source.images[indices] if isinstance(source, ArraySource) else None
+    return (
+        {"image": source.images[indices]} if isinstance(source, ArraySource) else None
+    )
 
 
-def _stack(images: list[np.ndarray]) -> np.ndarray:
-    shapes = sorted({image.shape for image in images})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the images of a batch have different shapes {shapes[:4]}, expected one; "
-            "add Resize, or ToRGB, to the transform"
-        )
-    return np.stack(images)
+def _stack(items: list[Batch]) -> Batch:
+    for name in items[0]:
+        shapes = sorted({item[name].shape for item in items})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the {name}s of a batch have different shapes {shapes[:4]}, expected "
+                "one; add Resize, or ToRGB, to the transform"
+            )
+    return {name: np.stack([item[name] for item in items]) for name in items[0]}

@@ -1,7 +1,7 @@
 """What a classification data set is: sources of examples, domains, and their parts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -14,6 +14,21 @@ class Example(NamedTuple):
 
     image: UInt8[np.ndarray, "h w c"]
     label: int
+
+
+class DenseExample(NamedTuple):
+    """Pairs one uint8 image with maps that say something about each of its pixels.
+
+    Attributes:
+        image: the picture.
+        targets: maps by name, (h, w) or (h, w, c), of the image's height and width.
+        label: the class of an example that has none, so that all that splits and
+            limits sources by class takes dense ones too.
+    """
+
+    image: UInt8[np.ndarray, "h w c"]
+    targets: Mapping[str, np.ndarray]
+    label: int = 0
 
 
 @runtime_checkable
@@ -33,7 +48,7 @@ class Source(Protocol):
         """Count the examples."""
         ...
 
-    def __getitem__(self, index: int, /) -> Example:
+    def __getitem__(self, index: int, /) -> Example | DenseExample:
         """Give the example at `index`."""
         ...
 
@@ -126,7 +141,7 @@ class Subset:
         """Count the examples."""
         return len(self.indices)
 
-    def __getitem__(self, index: int, /) -> Example:
+    def __getitem__(self, index: int, /) -> Example | DenseExample:
         """Give the example at `index` of the subset."""
         return self.source[int(self.indices[index])]
 
@@ -255,10 +270,13 @@ def limit(source: Source, n: int, *, seed: int, balanced: bool = True) -> Source
 
 
 def digest(source: Source) -> str:
-    """Hash a source: all its labels, and 16 images spread over it."""
+    """Hash a source: all its labels, and 16 examples spread over it."""
     labels = np.ascontiguousarray(source.labels, np.int32)
     seen = hashlib.sha256(labels.tobytes())
     for index in np.unique(np.linspace(0, len(source) - 1, 16).astype(int)):
-        image = np.ascontiguousarray(source[int(index)].image)
-        seen.update(f"{image.shape}{image.dtype}".encode() + image.tobytes())
+        example = source[int(index)]
+        targets = example.targets if isinstance(example, DenseExample) else {}
+        for array in (example.image, *(targets[name] for name in sorted(targets))):
+            array = np.ascontiguousarray(array)
+            seen.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
     return seen.hexdigest()

@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-Transform = Callable[[np.random.Generator, np.ndarray], np.ndarray]
+# On a dense example, an image with targets, the steps before the last stackable ones
+# take and give a dict of arrays; those last ones work on its "image".
+Transform = Callable[[np.random.Generator, Any], Any]
 
 _STEPS: dict[str, type["Step"]] = {}
 

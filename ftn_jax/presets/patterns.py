@@ -31,6 +31,8 @@ def norm_rules(layers: Layers) -> dict[str, Init | None]:
 
 def head_rules(layers: Layers, classes: int) -> dict[str, Init | None]:
     """Give each task its own head."""
+    if layers.new_head is not None:
+        return dict(layers.new_head(classes))
     return {layers.head: partial(Replace.init, group="head", shape=(..., classes))}
 
 
