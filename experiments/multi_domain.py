@@ -16,6 +16,7 @@ one common size. Expected order of the means, from FTN (arXiv 2310.06124) Tables
 2: feature extractor < BN + head < FTN R=1 < larger ranks <= fine-tuning.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from ftn_jax.data import (
     Resize,
     Step,
     ToRGB,
+    Transform,
     find_domains,
     load_digits,
     load_folder,
@@ -46,6 +48,7 @@ from ftn_jax.data import (
 from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
 from ftn_jax.nodes.cp import CPInit
+from ftn_jax.optimizer import Schedule
 from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.presets.budget import KNOBS, fit_to, planned_groups
 from ftn_jax.pretrained import load_resnet
@@ -167,6 +170,8 @@ class Config:
     """SGD's peak rate on residual adapters; several are candidates."""
     adapter_decay: float = 5e-4
     """Weight decay of residual adapters, which shrinks them to the backbone."""
+    baseline_decay: float = 0.0
+    """Weight decay of rows without factors, masks or adapters, on all they train."""
     fine_tuning_rates: tuple[float, ...] = (5e-3,)
     """SGD's peak rate on whole weights (fine-tuning, TAPS, PackNet); several are
     candidates."""
@@ -230,14 +235,7 @@ def contenders(cfg: Config, backbone: Backbone) -> dict[str, Contender]:
     rows: dict[str, Contender] = {}
 
     def add(label: str, name: str, **options: Any) -> None:
-        method = partial(METHODS[name], backbone.layers, **options)
-        groups = planned_groups(backbone, method(classes=2))
-        rows[label] = Contender(
-            lambda classes: method(classes=classes),
-            candidates(cfg, groups),
-            {"adapters": cfg.adapter_decay} if "adapters" in groups else {},
-            cfg.choose_fine_tuning_on if "weights" in groups else None,
-        )
+        rows[label] = contender(cfg, backbone, name, **options)
 
     for name in names:
         label = LABELS.get(name, name.replace("_", " "))
@@ -261,6 +259,22 @@ def contenders(cfg: Config, backbone: Backbone) -> dict[str, Contender]:
         size = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in options.items())
         add(f"{label}, {size}" if size else label, name, **options)
     return rows
+
+
+def contender(cfg: Config, backbone: Backbone, name: str, **options: Any) -> Contender:
+    """Make a row: a method of the shelf, with its rates and weight decay."""
+    method = partial(METHODS[name], backbone.layers, **options)
+    groups = planned_groups(backbone, method(classes=2))
+    decay = {"adapters": cfg.adapter_decay} if "adapters" in groups else {}
+    if not groups - {"norm", "head", "weights"}:
+        decay = dict.fromkeys(groups, cfg.baseline_decay)
+    return Contender(
+        lambda classes: method(classes=classes),
+        candidates(cfg, groups),
+        decay,
+        choose_on=cfg.choose_fine_tuning_on if "weights" in groups else None,
+        details={"rank": options["rank"]} if name == "ftn" else {},
+    )
 
 
 def candidates(cfg: Config, groups: set[str]) -> list[dict[str, float]]:
@@ -293,9 +307,35 @@ def transforms(cfg: Config) -> tuple[Compose, Compose]:
 def main(cfg: Config) -> Results:
     """Adapt the backbone to every domain by every method; print the table."""
     backbone, domains = load_backbone(cfg), load_domains(cfg)
+    train_transform, eval_transform = transforms(cfg)
+    results = fill(
+        cfg,
+        "multi_domain",
+        backbone,
+        domains,
+        contenders(cfg, backbone),
+        train_transform=train_transform,
+        eval_transform=eval_transform,
+    )
+    report(results)
+    return results
+
+
+def fill(
+    cfg: Config,
+    experiment: str,
+    backbone: Backbone,
+    domains: Sequence[Domain],
+    rows: Mapping[str, Contender],
+    *,
+    train_transform: Transform | Mapping[str, Transform],
+    eval_transform: Transform | Mapping[str, Transform],
+    schedule: Schedule = "cosine",
+) -> Results:
+    """Train what the workdir's results lack, under an experiment's name."""
     results = Results(
         cfg.workdir,
-        experiment="multi_domain",
+        experiment=experiment,
         config=asdict(cfg),
         free=(
             "data",
@@ -308,16 +348,16 @@ def main(cfg: Config) -> Results:
             "seeds",
         ),
     )
-    train_transform, eval_transform = transforms(cfg)
     sweep(
         backbone,
         domains,
-        contenders(cfg, backbone),
+        rows,
         results=results,
         recipe=Recipe(
             epochs=cfg.epochs,
             batch_size=cfg.batch_size,
             rates={},
+            schedule=schedule,
             compute_dtype=jnp.bfloat16 if cfg.bf16 else None,
         ),
         train_transform=train_transform,
@@ -327,7 +367,6 @@ def main(cfg: Config) -> Results:
         choose_on=cfg.choose_on,
         workdir=cfg.workdir,
     )
-    report(results)
     return results
 
 

@@ -3,10 +3,12 @@
 Source: FTN (arXiv 2310.06124) and its NeurIPS submission, Tables 1, 2 and S1.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ftn_jax.method import Layers
 from ftn_jax.presets import RESNET
+from ftn_jax.results import Row
 
 # The papers' totals of NYUD and DomainNet leave the shortcuts' BatchNorms out.
 NO_SHORTCUT_BN = RESNET._replace(norms=r"(?!.*shortcut/).*bn\d*/(scale|bias)")
@@ -78,3 +80,23 @@ PUBLISHED = (
     Published("NYUD", "ftn", 20, "11.89", NO_SHORTCUT_BN),
     Published("NYUD", "ftn", 30, "12.24", NO_SHORTCUT_BN),
 )
+
+
+def printed_parameters(setting: str, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+    """Find the papers' figures for rows of an experiment, for `paper_table`.
+
+    A figure that does not follow from the papers' own text is marked with `!`.
+
+    Args:
+        setting: a name of `SETTINGS`.
+        rows: their method's name and, for FTN, their rank say which figure is meant.
+    """
+    found = {}
+    for row in rows:
+        rank = row.details.get("rank", 0)
+        name = "ftn" if rank else {"BN + head": "bn_head"}.get(row.method, row.method)
+        for figure in PUBLISHED:
+            if (figure.setting, figure.method, figure.rank) == (setting, name, rank):
+                mark = "!" if figure.note else ""
+                found[row.method] = {"parameters": figure.millions + mark}
+    return found

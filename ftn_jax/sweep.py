@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ftn_jax.adapt import Adaptation, Evaluator, Recipe
 from ftn_jax.checkpoint import fingerprint, restore_task
@@ -27,14 +27,17 @@ class Contender(NamedTuple):
         method: `classes -> Method`.
         rates: learning rates by optimizer group, one mapping for each candidate; the
             first seed tries all, and validation data chooses for every seed.
-        weight_decay: by optimizer group.
+        weight_decay: by optimizer group, or a function of the domain's name that
+            gives it.
         choose_on: where validation data chooses; default the sweep's.
+        details: goes into its rows, for example the rank.
     """
 
     method: Callable[[int], Method]
     rates: Sequence[Mapping[str, float]]
-    weight_decay: Mapping[str, float] = {}
+    weight_decay: Mapping[str, float] | Callable[[str], Mapping[str, float]] = {}
     choose_on: ChooseOn | None = None
+    details: Mapping[str, Any] = {}
 
 
 def sweep(
@@ -44,8 +47,8 @@ def sweep(
     *,
     results: Results,
     recipe: Recipe,
-    train_transform: Transform,
-    eval_transform: Transform,
+    train_transform: Transform | Mapping[str, Transform],
+    eval_transform: Transform | Mapping[str, Transform],
     seeds: Sequence[int] = (0,),
     validation: float = 0.1,
     choose_on: ChooseOn = "each",
@@ -68,7 +71,8 @@ def sweep(
         contenders: rows of the table by name.
         results: where rows go, and which rows are done.
         recipe: how to train; a contender's rates replace its own.
-        train_transform: augmentation and normalisation.
+        train_transform: augmentation and normalisation; one for all domains, or one
+            for each by its name.
         eval_transform: the same without randomness; saved with each task.
         seeds: of init, data order and augmentation.
         validation: share of the training data that is held out; 0 for none.
@@ -95,7 +99,8 @@ def sweep(
             )
     _check_folders([d.name for d in domains] + [r.task for r in results.rows])
     _check_folders([*contenders, *(r.method for r in results.rows)])
-    preprocessing = describe(eval_transform)  # complains before, not after training
+    # Complains before, not after training.
+    preprocessing = {d.name: describe(_of(eval_transform, d)) for d in domains}
     network = "".join(fingerprint(backbone.shared).values())
     first = domains[0].name if domains else ""
     prepared: dict[str, Backbone] = {}
@@ -105,7 +110,7 @@ def sweep(
         evaluator = Evaluator(
             backbone,
             classes=domain.num_classes,
-            transform=eval_transform,
+            transform=_of(eval_transform, domain),
             batch_size=eval_batch_size,
             measure=measure,
         )
@@ -113,7 +118,8 @@ def sweep(
         if validation:
             train, held_out = split(domain.train, validation, seed=0)
         for name, contender in contenders.items():
-            method = contender.method(domain.num_classes)
+            method, decay = contender.method(domain.num_classes), contender.weight_decay
+            decay = decay(domain.name) if callable(decay) else decay
             known = domains[: n + 1] if method.after else [domain]
             inputs = short_hash(
                 network, *(digest(x) for d in known for x in (d.train, d.test))
@@ -142,11 +148,10 @@ def sweep(
                             replace(
                                 recipe,
                                 rates=rates,
-                                weight_decay=contender.weight_decay
-                                or recipe.weight_decay,
+                                weight_decay=decay or recipe.weight_decay,
                             ),
                             train,
-                            transform=train_transform,
+                            transform=_of(train_transform, domain),
                             measure=measure,
                             forward=forward,
                         )
@@ -172,10 +177,11 @@ def sweep(
                     seed=seed,
                     backbone=own,
                     evaluator=evaluator.on(own.shared),
-                    preprocessing=preprocessing,
+                    preprocessing=preprocessing[domain.name],
                     folder=workdir / "tasks" / place,
                     inputs=inputs,
                     details={
+                        **contender.details,
                         "candidates": len(candidates),
                         "train_examples": len(train),
                         "test_examples": len(domain.test),
@@ -192,6 +198,10 @@ def sweep(
                 )
                 # Later seeds train with what validation chose for the first.
                 candidates = [c for c in candidates if c.recipe.rates == best.rates]
+
+
+def _of(transform: Transform | Mapping[str, Transform], domain: Domain) -> Transform:
+    return transform[domain.name] if isinstance(transform, Mapping) else transform
 
 
 def _chosen(results: Results, name: str, domain: str) -> list[dict[str, float]]:
