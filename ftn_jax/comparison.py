@@ -6,7 +6,7 @@ their differences vary less than their accuracies.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -126,10 +126,11 @@ def paired(
     from scipy import stats
 
     if found.std > 0:
-        t_test = float(stats.ttest_1samp(gaps, 0.0).pvalue)
+        t_test = stats.ttest_1samp(gaps, 0.0)[1]
     else:
         t_test = 0.0
-    return Paired(found, wins, ties, t_test, float(stats.wilcoxon(gaps).pvalue))
+    wilcoxon: Any = stats.wilcoxon(gaps)
+    return Paired(found, wins, ties, float(t_test), float(wilcoxon[1]))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -177,7 +178,7 @@ def compare(
             continue
         pairs = [
             [
-                np.mean([results[key] for key in common if key[0] == task])
+                float(np.mean([results[key] for key in common if key[0] == task]))
                 for task in tasks
             ]
             for results in (own, table[reference])

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ftn_jax.core import groups
 
-Schedule = Literal["cosine", "polynomial", "constant"]
+Schedule = Literal["cosine", "polynomial", "steps", "constant"]
 
 
 def make_optimizer(
@@ -34,7 +34,8 @@ def make_optimizer(
         learning_rates: peak rate of each group that the deltas have, for example
             `{"factors": 5e-3, "norm": 8e-3, "head": 8e-3}`.
         steps: optimizer steps until the rate reaches zero.
-        schedule: `"cosine"`, `"polynomial"` (`(1 - t/steps)**power`) or `"constant"`.
+        schedule: `"cosine"`, `"polynomial"` (`(1 - t/steps)**power`), `"steps"` (a
+            tenth from 2/3 of the steps on, a hundredth from 5/6 on) or `"constant"`.
         warmup_steps: steps of linear warm-up from zero; part of `steps`.
         power: exponent of the polynomial schedule.
         weight_decay: by group, default none. Added to the gradient under SGD (as in
@@ -107,18 +108,19 @@ def _scale_by_rate(
     shapes: dict[str, Callable[[Any], Any]] = {
         "cosine": lambda done: (1 + jnp.cos(jnp.pi * done)) / 2,
         "polynomial": lambda done: (1 - done) ** power,
+        "steps": lambda done: 0.1 ** (0.0 + (done >= 2 / 3) + (done >= 5 / 6)),
         "constant": jnp.ones_like,
     }
     if schedule not in shapes:
         raise ValueError(
-            f"schedule must be cosine, polynomial or constant, found {schedule!r}"
+            f"schedule must be one of {sorted(shapes)}, found {schedule!r}"
         )
 
     def init(params: Any) -> _Rate:
         lengths = (jnp.asarray(x, jnp.float32) for x in (peak, steps, warmup))
         return _Rate(jnp.zeros((), jnp.int32), *lengths)
 
-    def update(updates: Any, state: _Rate, params: Any = None) -> tuple[Any, _Rate]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, _Rate]:
         done = jnp.clip((state.count - state.warmup) / state.steps, 0, 1)
         rising = jnp.where(
             state.count < state.warmup, state.count / jnp.maximum(state.warmup, 1), 1.0

@@ -311,7 +311,7 @@ def test_adam_moves_factors_and_sgd_the_rest():
     assert moved.std() > 0.01 * moved.mean() > 0
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "polynomial", "steps", "constant"])
 def test_schedules_and_warmup(schedule):
     tx = make_optimizer(
         {"norm": 1.0}, steps=10, schedule=schedule, warmup_steps=4, momentum=0.0
@@ -326,6 +326,7 @@ def test_schedules_and_warmup(schedule):
     expected = {
         "cosine": (1 + np.cos(np.pi * t)) / 2,
         "polynomial": (1 - t) ** 0.9,
+        "steps": [1, 1, 1, 1, 0.1, 0.01, 0.01],
         "constant": np.ones(7),
     }[schedule]
     np.testing.assert_allclose(rates[4:], expected, atol=1e-6)
