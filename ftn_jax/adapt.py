@@ -82,6 +82,8 @@ class Adaptation:
         transform: Transform,
         measure: Measure = CLASSIFICATION,
         forward: Forward = merged,
+        device: Transform | None = None,
+        workers: int = 0,
     ) -> None:
         """Prepare the optimizer and the jitted step of each of the method's stages.
 
@@ -93,12 +95,15 @@ class Adaptation:
             transform: their augmentation and normalisation.
             measure: has the loss.
             forward: how to run the network on `(shared, delta)`.
+            device: steps of the transform that run on the accelerator.
+            workers: processes that make the batches; 0 is a thread of this one.
 
         Raises:
             ValueError: if the shares of the method's stages do not add up to 1.
         """
         self.backbone, self.method, self.recipe = backbone, method, recipe
         self.source, self.transform = source, transform
+        self.device, self.workers = device, workers
         per_epoch = steps_per_epoch(source, batch_size=recipe.batch_size)
         self.steps = recipe.epochs * per_epoch
         shares = [stage.share for stage in method.stages]
@@ -215,6 +220,8 @@ class Adaptation:
             transform=self.transform,
             seed=seed,
             start_step=start_step,
+            device=self.device,
+            workers=self.workers,
         )
         return prefetch(stream)
 
@@ -247,6 +254,7 @@ class Evaluator:
         transform: Transform,
         batch_size: int = 256,
         measure: Measure = CLASSIFICATION,
+        workers: int = 0,
     ) -> None:
         """Prepare the jitted steps.
 
@@ -256,9 +264,10 @@ class Evaluator:
             transform: resizing and normalisation, nothing random.
             batch_size: images per step; the last batch is padded and masked.
             measure: what the outputs are judged by.
+            workers: processes that make the batches; 0 is a thread of this one.
         """
         self.shared, self.transform = backbone.shared, transform
-        self.batch_size, self.measure = batch_size, measure
+        self.batch_size, self.measure, self.workers = batch_size, measure, workers
         apply = backbone.network(classes)
         self._outputs = jax.jit(make_eval_step(apply, metrics=None))
 
@@ -292,7 +301,10 @@ class Evaluator:
         params = materialize(self.shared, task.delta)
         merged = Task(jax.tree.map(lambda _: None, params), task.model_state)
         stream = eval_batches(
-            source, batch_size=self.batch_size, transform=self.transform
+            source,
+            batch_size=self.batch_size,
+            transform=self.transform,
+            workers=self.workers,
         )
         for batch in prefetch(stream):
             yield self._outputs(params, merged, batch), batch

@@ -55,6 +55,7 @@ def sweep(
     measures: Mapping[str, Measure] = {},
     eval_batch_size: int = 256,
     forward: Forward = merged,
+    workers: int = 0,
     workdir: Path,
 ) -> None:
     """Train and test what `results` does not hold yet.
@@ -83,6 +84,7 @@ def sweep(
             network's outputs.
         eval_batch_size: images per step of validation and test.
         forward: how training runs the network on `(shared, delta)`.
+        workers: processes that read and augment images; the results do not change.
         workdir: the experiment's folder.
 
     Raises:
@@ -113,6 +115,7 @@ def sweep(
             transform=_of(eval_transform, domain),
             batch_size=eval_batch_size,
             measure=measure,
+            workers=workers,
         )
         train, held_out = domain.train, None
         if validation:
@@ -154,6 +157,7 @@ def sweep(
                             transform=_of(train_transform, domain),
                             measure=measure,
                             forward=forward,
+                            workers=workers,
                         )
                         for rates in _chosen(results, name, domain.name)
                         or (

@@ -10,7 +10,14 @@ from saved import DESCRIPTION, backbone, task
 from ftn_jax import save_task
 
 # Doctest collection would import these a second time, under another name.
-collect_ignore = ["formulas", "saved.py", "toy.py", "trees.py", "weights.py"]
+collect_ignore = [
+    "formulas",
+    "pictures.py",
+    "saved.py",
+    "toy.py",
+    "trees.py",
+    "weights.py",
+]
 
 # Most of the suite's time is XLA compiling programs that run once, on tiny arrays: a
 # third of it is saved by compiling them without the expensive passes. Read when the

@@ -150,6 +150,8 @@ class Subset:
 class Domain:
     """Names one classification task and holds its training and test examples.
 
+    `validation` is the data set's own, where it has one beside train and test.
+
     Raises:
         ValueError: where a label has no class name.
     """
@@ -158,9 +160,13 @@ class Domain:
     class_names: tuple[str, ...]
     train: Source
     test: Source
+    validation: Source | None = None
 
     def __post_init__(self):
-        for part, source in (("train", self.train), ("test", self.test)):
+        for part in ("train", "test", "validation"):
+            source: Source | None = getattr(self, part)
+            if source is None:
+                continue
             low, high = source.labels.min(), source.labels.max()
             if low < 0 or high >= self.num_classes:
                 raise ValueError(

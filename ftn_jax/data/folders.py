@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int32, Integer, UInt8
-
-from ftn_jax.data.domain import Domain, Example
+from ftn_jax.data.domain import Domain
+from ftn_jax.data.files import FileSource, decode_file
 
 _LOG = logging.getLogger(__name__)
 _SUFFIXES = frozenset(
@@ -16,82 +14,88 @@ _SUFFIXES = frozenset(
 )
 
 
-class FolderSource:
-    """Decodes image files to RGB, each time one is asked for.
-
-    Attributes:
-        paths: the files, in order.
-        labels: their classes.
-        skipped: files that were left out because they do not decode.
-    """
-
-    paths: tuple[Path, ...]
-    labels: Int32[np.ndarray, " n"]
-    skipped: tuple[Path, ...]
-
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        labels: Integer[np.ndarray, " n"] | Sequence[int],
-        *,
-        skipped: Sequence[Path] = (),
-    ):
-        self.paths = tuple(paths)
-        self.labels = np.asarray(labels, np.int32)
-        self.skipped = tuple(skipped)
-
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self.paths)
-
-    def __getitem__(self, index: int, /) -> Example:
-        """Decode the image at `index`.
-
-        Raises:
-            ValueError: where the file does not decode; the message names it.
-        """
-        return Example(_decode(self.paths[index]), int(self.labels[index]))
-
-
-def load_folder(path: str | Path, *, skip_bad: bool = False) -> Domain:
+def load_folder(
+    path: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    skip_bad: bool = False,
+) -> Domain:
     """Read a domain from `train/<class>/*.jpg` and `test/` (or `val/`) likewise.
 
     The class index is the place of the folder's name in sorted order. Images may lie
     deeper within the class folder; hidden files and other kinds are passed over.
+    Where there are `test/` and `val/`, the latter is the domain's validation part.
 
     Args:
         path: the folder that holds `train/`.
+        class_names: the classes that are expected, in this order: those of the network
+            or the list file that the labels must agree with.
         skip_bad: decode every image now and leave out, with a warning, those that do
             not decode. Otherwise such an image raises when it is read.
 
     Raises:
         FileNotFoundError: where `train/` or both of `test/` and `val/` are absent.
-        ValueError: where a class is empty, or train and test have other classes.
+        ValueError: where a class is empty, the parts have other classes, or they are
+            not `class_names`.
     """
     path = Path(path)
-    train_dir, test_dir = path / "train", path / "test"
-    if not test_dir.is_dir() and (path / "val").is_dir():
-        test_dir = path / "val"
+    train_dir, test_dir, val_dir = (path / part for part in ("train", "test", "val"))
+    if not test_dir.is_dir() and val_dir.is_dir():
+        test_dir = val_dir
     for wanted in (train_dir, test_dir):
         if not wanted.is_dir():
             raise FileNotFoundError(
                 f"{path}: found {_names(path)}, expected the folder {wanted.name}/ "
                 "with one folder per class"
             )
-    names, test_names = _class_folders(train_dir), _class_folders(test_dir)
+    names = _class_folders(train_dir)
     if not names:
         raise ValueError(f"{train_dir}: found no folder, expected one per class")
-    if names != test_names:
+    parts = {"train": train_dir, "test": test_dir}
+    if val_dir.is_dir() and val_dir != test_dir:
+        parts["validation"] = val_dir
+    for folder in parts.values():
+        other = _class_folders(folder)
+        if other != names:
+            raise ValueError(
+                f"{path}: train and {folder.name} have other classes; only train: "
+                f"{sorted(set(names) - set(other))}, only {folder.name}: "
+                f"{sorted(set(other) - set(names))}"
+            )
+    if class_names is not None:
+        check_classes(names, class_names, where=train_dir)
+    sources = {
+        part: _folder_source(folder, names, skip_bad=skip_bad)
+        for part, folder in parts.items()
+    }
+    return Domain(path.resolve().name, tuple(names), **sources)
+
+
+def check_classes(
+    found: Sequence[str], expected: Sequence[str], *, where: Path
+) -> None:
+    """Refuse classes that are not the expected ones in the expected order.
+
+    Raises:
+        ValueError: names what is missing, what is too many, or the first place where
+            the order differs.
+    """
+    if list(found) == list(expected):
+        return
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    if missing or unknown:
         raise ValueError(
-            f"{path}: train and {test_dir.name} have other classes; only train: "
-            f"{sorted(set(names) - set(test_names))}, only {test_dir.name}: "
-            f"{sorted(set(test_names) - set(names))}"
+            f"{where}: found {len(found)} classes, expected {len(expected)}; missing: "
+            f"{missing[:5]}, unknown: {unknown[:5]}"
         )
-    return Domain(
-        path.resolve().name,
-        tuple(names),
-        train=_folder_source(train_dir, names, skip_bad=skip_bad),
-        test=_folder_source(test_dir, names, skip_bad=skip_bad),
+    place = next(
+        n for n, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b
+    )
+    raise ValueError(
+        f"{where}: class {place} is {found[place]!r}, expected {expected[place]!r}; "
+        "the classes are in another order, so labels would mean other things: rename "
+        "the folders so that they sort as expected, or expect this order"
     )
 
 
@@ -105,7 +109,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _folder_source(
     folder: Path, class_names: Sequence[str], *, skip_bad: bool
-) -> FolderSource:
+) -> FileSource:
     kept: list[Path] = []
     labels: list[int] = []
     skipped: list[Path] = []
@@ -127,13 +131,13 @@ def _folder_source(
         skipped += bad
     if skipped:
         _LOG.warning("%s: skipped %d images that do not decode", folder, len(skipped))
-    return FolderSource(kept, labels, skipped=skipped)
+    return FileSource(kept, labels, skipped=skipped)
 
 
 def _undecodable(paths: Sequence[Path]) -> list[Path]:
     def is_bad(path: Path) -> bool:
         try:
-            _decode(path)
+            decode_file(path)
         except ValueError as error:
             _LOG.warning("skipped: %s", error)
             return True
@@ -141,23 +145,3 @@ def _undecodable(paths: Sequence[Path]) -> list[Path]:
 
     with ThreadPoolExecutor() as pool:
         return [p for p, bad in zip(paths, pool.map(is_bad, paths), strict=True) if bad]
-
-
-def _decode(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError(
-            "image folders need Pillow: pip install 'ftn_jax[experiments]'"
-        ) from error
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # converting 16 or 32 bits would clip them
-                raise ValueError(f"mode {image.mode}, expected 8 bits a channel")
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    # Decoders meet damage with errors of nearly any kind.
-    except Exception as error:
-        raise ValueError(
-            f"{path}: does not decode as an image ({error}); replace or remove it, or "
-            "load the folder with skip_bad=True"
-        ) from error

@@ -6,11 +6,14 @@ float32.
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float32, Shaped, UInt8
 
 from ftn_jax.data.pipeline import Step
+
+Filter = Literal["bilinear", "bicubic"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,8 +24,15 @@ def _require(holds: bool, step: Step, expected: str) -> None:
         raise ValueError(f"{step}: expected {expected}")
 
 
+def _require_filter(step: "Resize | ResizeShort") -> None:
+    _require(step.filter in get_args(Filter), step, f"filter in {get_args(Filter)}")
+
+
 def _resize(
-    image: UInt8[np.ndarray, "h w c"], height: int, width: int
+    image: UInt8[np.ndarray, "h w c"],
+    height: int,
+    width: int,
+    filter: Filter = "bilinear",
 ) -> UInt8[np.ndarray, "height width c"]:
     if image.shape[:2] == (height, width):
         return image
@@ -37,7 +47,7 @@ def _resize(
     # Pillow knows a one-channel image only without its channel axis.
     flat = image[..., 0] if image.shape[-1] == 1 else image
     resized = Image.fromarray(np.ascontiguousarray(flat)).resize(
-        (width, height), Image.Resampling.BILINEAR
+        (width, height), Image.Resampling[filter.upper()]
     )
     return np.asarray(resized).reshape(height, width, image.shape[-1])
 
@@ -56,33 +66,38 @@ def _crop(
 
 @dataclass(frozen=True)
 class Resize(Step):
-    """Resizes to exactly (height, width), bilinear and antialiased."""
+    """Resizes to exactly (height, width), antialiased."""
 
     height: int
     width: int
+    filter: Filter = "bilinear"
 
     def __post_init__(self):
         _require(min(self.height, self.width) >= 1, self, "height, width >= 1")
+        _require_filter(self)
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         """Resize one uint8 image; one of that size is returned as it is."""
-        return _resize(image, self.height, self.width)
+        return _resize(image, self.height, self.width, self.filter)
 
 
 @dataclass(frozen=True)
 class ResizeShort(Step):
-    """Resizes so that the shorter side is `size`, keeping the aspect."""
+    """Resizes so that the shorter side is `size`, keeping the aspect; antialiased."""
 
     size: int
+    filter: Filter = "bilinear"
 
     def __post_init__(self):
         _require(self.size >= 1, self, "size >= 1")
+        _require_filter(self)
 
     def __call__(self, rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
         """Resize one uint8 image."""
         height, width = image.shape[:2]
         short = min(height, width)
-        return _resize(image, self.size * height // short, self.size * width // short)
+        wanted = self.size * height // short, self.size * width // short
+        return _resize(image, *wanted, self.filter)
 
 
 @dataclass(frozen=True)

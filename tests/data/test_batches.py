@@ -19,9 +19,11 @@ from ftn_jax.data import (
     Subset,
     ToRGB,
     eval_batches,
+    eval_steps,
     prefetch,
     steps_per_epoch,
     train_batches,
+    train_steps,
 )
 
 AUGMENT = Compose([RandomCrop(4, padding=1), Flip(), Normalize()])
@@ -129,6 +131,52 @@ def test_a_source_smaller_than_the_batch_is_padded():
         assert batch["mask"].tolist() == [1] * 3 + [0] * 5
         assert sorted(labels_of([batch])) == [0, 1, 2]
         assert set(batch["label"]) == {0, 1, 2}
+
+
+def join(shards):
+    """Put the parts of a batch together again."""
+    return {k: np.concatenate([part[k] for part in shards]) for k in shards[0]}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("n", [13, 4])
+def test_shards_are_the_parts_of_every_batch(n, count):
+    """With 13 examples batches are full, with 4 they are padded."""
+    source = make_source(n)
+    whole = train(source, batch_size=6, num_epochs=2)
+    parts = [
+        train(source, batch_size=6, num_epochs=2, shard=(i, count))
+        for i in range(count)
+    ]
+    assert parts[0][0]["image"].shape == (6 // count, 4, 4, 3)
+    assert_same([join(step) for step in zip(*parts, strict=True)], whole)
+    options = {"batch_size": 6, "transform": Normalize()}
+    whole = list(eval_batches(source, **options))
+    parts = [eval_batches(source, shard=(i, count), **options) for i in range(count)]
+    assert_same([join(step) for step in zip(*parts, strict=True)], whole)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [((2, 2), "index 2 of 2"), ((-1, 2), "index -1"), ((0, 3), "a multiple of 3")],
+)
+def test_bad_shards_are_refused(shard, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_source(8), shard=shard)
+
+
+def test_steps_are_a_sequence():
+    source = make_source(13)
+    options = {"batch_size": 4, "transform": AUGMENT, "seed": 1}
+    steps = train_steps(source, num_epochs=3, **options)
+    assert len(steps) == 9
+    # In any order: what a step holds does not depend on what was read before.
+    found = {step: steps[step] for step in (8, 0, 4, 3, 1)}
+    whole = train(source, num_epochs=3)
+    assert_same([*found.values()], [whole[step] for step in found])
+    with pytest.raises(IndexError, match=r"found step 9, expected 0\.\.8"):
+        steps[9]
+    assert len(eval_steps(source, batch_size=4, transform=Normalize())) == 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 10, 16])

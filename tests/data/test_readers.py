@@ -4,12 +4,15 @@ import logging
 
 import numpy as np
 import pytest
+from pictures import save_image
 
 from ftn_jax.data import (
     Compose,
-    FolderSource,
+    FileSource,
     Normalize,
     Resize,
+    Sizes,
+    check_sizes,
     eval_batches,
     find_domains,
     load_digits,
@@ -105,11 +108,6 @@ def test_missing_npz_is_named(tmp_path):
         load_domain(tmp_path / "none.npz")
 
 
-def save_image(path, value, *, size=(6, 5), mode="RGB"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value).save(path)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Write two classes, of which the second is written first."""
@@ -154,7 +152,43 @@ def test_folder_feeds_batches(folder):
 
 def test_folder_takes_val_for_test(folder):
     (folder / "test").rename(folder / "val")
-    assert len(load_folder(folder).test) == 2
+    domain = load_folder(folder)
+    assert len(domain.test) == 2 and domain.validation is None
+
+
+def test_val_beside_test_is_the_validation_part(folder):
+    save_image(folder / "val/pear/1.png", (9, 8, 7))
+    with pytest.raises(ValueError, match=r"val have other classes.*\['apple'\]"):
+        load_folder(folder)
+    save_image(folder / "val/apple/1.png", (1, 2, 3))
+    assert load_folder(folder).validation.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        (["pear", "apple"], "class 0 is 'apple', expected 'pear'.*another order"),
+        (["apple", "pear", "plum"], r"found 2 classes, expected 3; missing: \['plum'"),
+        (["apple", "plum"], r"missing: \['plum'\], unknown: \['pear'\]"),
+    ],
+)
+def test_class_order_is_checked(folder, expected, message):
+    assert load_folder(folder, class_names=["apple", "pear"]).num_classes == 2
+    with pytest.raises(ValueError, match=message) as caught:
+        load_folder(folder, class_names=expected)
+    assert str(folder / "train") in str(caught.value)
+
+
+def test_published_sizes(folder):
+    domain = load_folder(folder)
+    assert check_sizes(domain, Sizes(2, 4, 2)) is domain
+    assert check_sizes(domain, Sizes(2, 4, None)) is domain
+    with pytest.raises(
+        ValueError, match="fruit: train: found 4, published 5,994; "
+    ) as e:
+        check_sizes(domain, Sizes(2, 5_994, 2, 7))
+    assert "validation: found 0, published 7; the copy is incomplete" in str(e.value)
+    assert "test:" not in str(e.value)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -300,7 +334,7 @@ def test_pictures_of_16_bits_are_refused_and_turned_ones_turned(tmp_path):
     exif[0x0112] = 6  # a quarter turn
     turned.save(tmp_path / "turned.jpg", exif=exif)
     paths = [tmp_path / "deep.png", tmp_path / "turned.jpg"]
-    source = FolderSource(paths, np.zeros(2, np.int32))
+    source = FileSource(paths, np.zeros(2, np.int32))
     with pytest.raises(ValueError, match="deep.png.*expected 8 bits"):
         source[0]
     assert source[1].image.shape == (8, 4, 3)
