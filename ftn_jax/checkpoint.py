@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import ftn_jax.nodes  # noqa: F401  task files may hold any of them
 from ftn_jax.core import complete, split_extras
+from ftn_jax.digest import digests_of
 from ftn_jax.manifest import (
+    FORMAT_VERSION,
     TaskFileError,
-    digest,
+    check_name,
     read_manifest,
-    read_tensors,
     write_folder,
 )
-from ftn_jax.node import Node
 from ftn_jax.nodes.stacked import Stacked
 from ftn_jax.paths import path_name
 from ftn_jax.task_layers import (
@@ -32,6 +31,7 @@ from ftn_jax.task_layers import (
     stacks_of,
     take_node,
 )
+from ftn_jax.task_parts import pack, unpack
 from ftn_jax.train import Task
 
 
@@ -55,14 +55,25 @@ class SavedTask:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def fingerprint(shared: Any) -> dict[str, str]:
-    """Hash every leaf of a tree: SHA-256 over shape, dtype and bytes, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(shared)
-    return {path_name(path): digest(leaf) for path, leaf in leaves}
+def fingerprint(shared: Any, *, format_version: int = FORMAT_VERSION) -> dict[str, str]:
+    """Hash every leaf of a tree, by path: dtype, shape and bits.
+
+    Sharded arrays are hashed where their parts lie; the processes of a job call this
+    together.
+
+    Args:
+        shared: the tree.
+        format_version: of the task files to compare with.
+    """
+    return _fingerprint(shared, (), format_version)
 
 
-def _fingerprint(params: Any, stacks: Sequence[str]) -> dict[str, str]:
-    return {path: digest(w) for path, w in single_leaves(params, stacks)}
+def _fingerprint(
+    params: Any, stacks: Sequence[str], version: int = FORMAT_VERSION
+) -> dict[str, str]:
+    leaves = dict(single_leaves(params, stacks))
+    hashes = digests_of(version)([*leaves.values()])
+    return dict(zip(leaves, hashes, strict=True))
 
 
 def save_task(
@@ -95,32 +106,16 @@ def save_task(
 
     Raises:
         OSError: if the folder cannot be written; an older task in it is untouched.
-        ValueError: if the task holds NaN or infinity (names the tensor), or
-            something to be written as JSON cannot be.
+        ValueError: if the task holds NaN or infinity (names the tensor), something
+            to be written as JSON cannot be, or the name has slashes.
     """
     directory = Path(directory)
+    check_name(name)
     params, _ = split_extras(shared)
-    tensors: dict[str, np.ndarray] = {}
-    nodes = [
-        {
-            "path": path,
-            "type": type(node).__name__,
-            "module": type(node).__module__,
-            "static": {n: getattr(node, n) for n in type(node).static_fields},
-            "arrays": {
-                n: _store(tensors, f"delta/{path}/{n}", getattr(node, n))
-                for n in type(node).data_fields
-            },
-        }
-        for path, node in single_nodes(task.delta)
-    ]
-    replaced = [p for p, n in single_nodes(task.delta) if not n.reads_weight]
-    keys: dict[str, str] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(task.model_state):
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            keys[path_name(path)] = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-        _store(tensors, f"model_state/{path_name(path)}", leaf)
+    nodes = dict(single_nodes(task.delta))
+    leaves = jax.tree_util.tree_leaves_with_path(task.model_state)
+    tensors, parts = pack(nodes, {path_name(path): x for path, x in leaves})
+    replaced = [p for p, n in nodes.items() if not n.reads_weight]
     write_folder(
         directory,
         "task",
@@ -130,8 +125,7 @@ def save_task(
             "class_names": list(class_names),
             "preprocessing": [dict(step) for step in preprocessing],
             "metadata": dict(metadata or {}),
-            "nodes": nodes,
-            "keys": keys,
+            **parts,
             # A leaf that the task replaces need not be the same elsewhere.
             "shared": _fingerprint(params, stacks_of(params, task.delta))
             | dict.fromkeys(replaced),
@@ -164,32 +158,20 @@ def restore_task(
     manifest = read_manifest(directory)
     params, _ = split_extras(shared)
     stacks = stacks_for(manifest["shared"], params)
-    check_backbone(directory, manifest["shared"], params, stacks)
-    tensors = read_tensors(directory, manifest["tensors"])
-    nodes = {n["path"]: _build(directory, n, tensors) for n in manifest["nodes"]}
+    check_backbone(directory, manifest, params, stacks)
+    nodes, state = unpack(directory, manifest)
     try:
         delta = jax.tree_util.tree_map_with_path(
             lambda path, w: take_node(nodes, path_name(path), w, stacks), params
         )
     except TaskFileError as error:
         raise TaskFileError(f"{directory}: {error}") from error
-    saved = {
-        k.removeprefix("model_state/"): _to_device(k, tensors.pop(k))
-        for k in list(tensors)
-        if k.startswith("model_state/")
-    }
-    if nodes or tensors:
+    if nodes:
         raise TaskFileError(
-            f"{directory}: nothing takes {sorted([*nodes, *tensors])}: the manifest's "
-            "list of nodes is damaged; restore the file from a copy"
+            f"{directory}: nothing takes {sorted(nodes)}: the manifest's list of nodes "
+            "is damaged; restore the file from a copy"
         )
-    _check_beside(directory, manifest["beside"], shared, delta)
-    state = {
-        k: jax.random.wrap_key_data(x, impl=manifest["keys"][k])
-        if k in manifest["keys"]
-        else x
-        for k, x in saved.items()
-    }
+    _check_beside(directory, manifest, shared, delta)
     return SavedTask(
         task=Task(delta, _restore_state(directory, state, model_state)),
         name=manifest["name"],
@@ -199,25 +181,33 @@ def restore_task(
     )
 
 
-def _beside(shared: Any, delta: Any) -> dict[str, dict[str, str]]:
+def _beside(
+    shared: Any, delta: Any, version: int = FORMAT_VERSION
+) -> dict[str, dict[str, str]]:
     """Hash what each node reads beside the backbone, by the weight's path and name."""
     found: dict[str, dict[str, str]] = {}
+
+    def hashes(arrays: dict[str, Any]) -> dict[str, str]:
+        values = digests_of(version)([*arrays.values()])
+        return dict(zip(arrays, values, strict=True))
+
     for path, _, node in complete(shared, delta):
         if node is None or not node.beside_fields:
             continue
         if not isinstance(node, Stacked):
-            found[path] = {name: digest(x) for name, x in node.reads().items()}
+            found[path] = hashes(node.reads())
             continue
         for i, layer in enumerate(node.paths()):
-            found[layer] = {name: digest(x[i]) for name, x in node.reads().items()}
+            found[layer] = hashes({k: x[i] for k, x in node.reads().items()})
     return found
 
 
 def _check_beside(
-    directory: Path, expected: dict[str, dict[str, str]], shared: Any, delta: Any
+    directory: Path, manifest: dict[str, Any], shared: Any, delta: Any
 ) -> None:
+    expected = manifest["beside"]
     try:
-        found = _beside(shared, delta)
+        found = _beside(shared, delta, manifest["format_version"])
     except ValueError as error:
         raise TaskFileError(f"{directory}: {error}") from error
     for path in sorted({*expected, *found}):
@@ -229,43 +219,9 @@ def _check_beside(
             )
 
 
-def _store(tensors: dict[str, np.ndarray], name: str, value: Any) -> Any:
-    """Put a field's arrays into `tensors`; return its structure with their names."""
-    if isinstance(value, (tuple, list)):
-        return [_store(tensors, f"{name}/{n}", x) for n, x in enumerate(value)]
-    if isinstance(value, dict):
-        return {k: _store(tensors, f"{name}/{k}", x) for k, x in value.items()}
-    if value is None:
-        return None
-    tensors[name] = np.asarray(value, order="C")
-    return name
-
-
-def _load(tensors: dict[str, np.ndarray], structure: Any) -> Any:
-    if structure is None:
-        return None
-    if isinstance(structure, list):
-        return tuple(_load(tensors, x) for x in structure)
-    if isinstance(structure, dict):
-        return {k: _load(tensors, x) for k, x in structure.items()}
-    return _to_device(structure, tensors.pop(structure))
-
-
-def _to_device(name: str, x: np.ndarray) -> jax.Array:
-    array = jax.numpy.asarray(x)
-    if array.dtype != x.dtype:
-        raise ValueError(f"{name} is {x.dtype}: set jax_enable_x64 to load it")
-    return array
-
-
-def _frozen(value: Any) -> Any:
-    """Turn JSON's lists back into the tuples that static fields hold."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
 def check_backbone(
     directory: Path,
-    expected: dict[str, str | None],
+    manifest: dict[str, Any],
     shared: Any,
     stacks: Sequence[str] = (),
 ) -> None:
@@ -274,7 +230,9 @@ def check_backbone(
     Raises:
         TaskFileError: names the first leaf that differs.
     """
-    found: dict[str, str | None] = {**_fingerprint(shared, stacks)}
+    expected: dict[str, str | None] = manifest["shared"]
+    version = manifest["format_version"]
+    found: dict[str, str | None] = {**_fingerprint(shared, stacks, version)}
     found |= {p: None for p in expected if expected[p] is None and p in found}
     for path in [*expected, *(p for p in found if p not in expected)]:
         if (path in expected, expected.get(path)) != (path in found, found.get(path)):
@@ -289,25 +247,6 @@ def check_backbone(
                 f"{directory} belongs to another backbone; the first leaf that differs "
                 f"is {path}: {why}. Load the weights that it was made with"
             )
-
-
-def _build(directory: Path, entry: dict[str, Any], tensors: dict[str, Any]) -> Node:
-    known = Node.types.get(entry["type"])
-    if known is None:
-        raise TaskFileError(
-            f"{directory}: {entry['path']} is a {entry['type']}, known node types are "
-            f"{sorted(Node.types)}; import the module that defines it "
-            f"({entry['module']}) or upgrade ftn_jax"
-        )
-    try:
-        fields = {k: _load(tensors, v) for k, v in entry["arrays"].items()}
-        fields |= {k: _frozen(v) for k, v in entry["static"].items()}
-        return known(**fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise TaskFileError(
-            f"{directory}: cannot rebuild the {entry['type']} at {entry['path']}: "
-            f"{error!r}"
-        ) from error
 
 
 def _restore_state(directory: Path, saved: dict[str, Any], like: Any) -> Any:

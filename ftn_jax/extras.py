@@ -50,7 +50,7 @@ def restore_extras(directory: str | os.PathLike[str], shared: Any) -> Extended:
     """
     directory = Path(directory)
     manifest = read_manifest(directory, "extras")
-    check_backbone(directory, manifest["shared"], shared)
+    check_backbone(directory, manifest, shared)
     tensors = read_tensors(directory, manifest["tensors"])
     extras: dict[str, dict[str, dict[str, Any]]] = {}
     for entry in manifest["entries"]:

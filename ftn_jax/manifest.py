@@ -15,9 +15,12 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
 from ftn_jax.atomic import write_atomic
+from ftn_jax.jobs import sync
 
-# 2: a task names what it reads beside the backbone.
-FORMAT_VERSION = 2
+# 2: a task names what it reads beside the backbone. 3: hashes of the backbone are sums
+# (`ftn_jax.digest`), not SHA-256; the manifest has a checksum of its own.
+FORMAT_VERSION = 3
+_LARGEST = 2**28  # bytes of a manifest; a thousand layers need a few megabytes
 
 # The names that safetensors files use; its own numpy reader lacks bfloat16.
 _DTYPES = {
@@ -52,6 +55,8 @@ def write_folder(
 ) -> None:
     """Write a folder; another one in its place is replaced in one step.
 
+    In a job of several processes all call this, the first one writes.
+
     Args:
         directory: made if absent.
         kind: `"task"` or `"extras"`.
@@ -81,26 +86,27 @@ def write_folder(
         **manifest,
     }
     try:
-        text = json.dumps(whole, indent=1, allow_nan=False)
+        plain = json.loads(json.dumps(whole, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{directory}: metadata, preprocessing or a node's static field holds what "
             f"JSON cannot: {error}"
         ) from error
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomic(directory / file, content)
-    write_atomic(directory / "manifest.json", text.encode())
-    for stale in directory.glob(f"{kind}-*.safetensors"):
-        if stale.name != file:
-            stale.unlink()
+    text = json.dumps(plain | {"checksum": checksum(plain)}, indent=1)
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / file, content)
+        write_atomic(directory / "manifest.json", text.encode())
+        for stale in directory.glob(f"{kind}-*.safetensors"):
+            if stale.name != file:
+                stale.unlink()
+    sync(f"wrote {directory}")
 
 
-def digest(x: Any) -> str:
-    """Hash an array: SHA-256 over dtype, shape and bytes."""
-    x = np.asarray(x, order="C")
-    found = hashlib.sha256(f"{x.dtype}{x.shape}".encode())
-    found.update(x.view(np.uint8).data if x.ndim else x.tobytes())
-    return found.hexdigest()
+def checksum(content: dict[str, Any]) -> str:
+    """Hash JSON values, but for an entry `checksum` among them."""
+    rest = {k: v for k, v in content.items() if k != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path, kind: str = "task") -> dict[str, Any]:
@@ -113,10 +119,12 @@ def read_manifest(directory: Path, kind: str = "task") -> dict[str, Any]:
     path = directory / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no {kind}: {path} does not exist")
+    if path.stat().st_size > _LARGEST:
+        raise TaskFileError(f"{path} is no {kind} manifest: over {_LARGEST} bytes")
     try:
         manifest = json.loads(path.read_bytes())
         version, found = manifest["format_version"], manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TaskFileError(f"{path} is no {kind} manifest: {error!r}") from error
     if found != f"ftn_jax {kind}":
         raise TaskFileError(f"{path} is of {found!r}, expected 'ftn_jax {kind}'")
@@ -125,11 +133,18 @@ def read_manifest(directory: Path, kind: str = "task") -> dict[str, Any]:
             f"{path} has format version {version}, this ftn_jax reads up to "
             f"{FORMAT_VERSION}: upgrade ftn_jax to open it"
         )
+    if "checksum" in manifest or version >= 3:
+        if manifest.get("checksum") != checksum(manifest):
+            raise TaskFileError(
+                f"{path} is damaged: its checksum is not that of its content; restore "
+                "it from a copy"
+            )
     _check_entries(path, manifest, {"tensors": dict, "shared": dict})
     _check_entries(path, manifest["tensors"], _TENSORS)
     if kind == "task":
         manifest.setdefault("beside", {})  # format 1
         _check_entries(path, manifest, _TASK)
+        check_name(manifest["name"])
         for node in manifest["nodes"]:
             _check_entries(path, node, _NODE)
     else:
@@ -137,6 +152,19 @@ def read_manifest(directory: Path, kind: str = "task") -> dict[str, Any]:
         for entry in manifest["entries"]:
             _check_entries(path, entry, _ENTRY)
     return manifest
+
+
+def check_name(name: str) -> None:
+    """Refuse a task's name that could lead out of a folder that is called so.
+
+    Raises:
+        TaskFileError: if it has slashes or control characters, or is only dots.
+    """
+    if not name.strip(". ") or "/" in name or "\\" in name or not name.isprintable():
+        raise TaskFileError(
+            f"a task cannot be called {name!r}: folders are called as tasks are; "
+            "expected printable characters without slashes"
+        )
 
 
 def _check_entries(path: Path, found: Any, kinds: dict[str, type]) -> None:

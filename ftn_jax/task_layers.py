@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from ftn_jax.core import iter_nodes
+from ftn_jax.digest import is_spread
 from ftn_jax.manifest import TaskFileError
 from ftn_jax.node import Node
 from ftn_jax.nodes.stacked import STACK, Stacked
@@ -57,7 +58,7 @@ def single_leaves(params: Any, stacks: Iterable[str]) -> Iterator[tuple[str, Any
         if place is None:
             yield path, w
         else:
-            for i, layer in enumerate(np.asarray(w)):
+            for i, layer in enumerate(w if is_spread(w) else np.asarray(w)):
                 yield place.replace("{}", str(i)), layer
 
 

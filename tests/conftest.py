@@ -1,6 +1,8 @@
 """Fixtures and switches for every test."""
 
+import gc
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -11,7 +13,12 @@ from ftn_jax import save_task
 
 # Doctest collection would import these a second time, under another name.
 collect_ignore = [
+    "eight_devices.py",
+    "forks.py",
     "formulas",
+    "golden_tasks.py",
+    "job_program.py",
+    "kill_program.py",
     "pictures.py",
     "saved.py",
     "toy.py",
@@ -49,3 +56,12 @@ def key() -> jax.Array:
 def folder(tmp_path: Path) -> Path:
     """A saved task, to be damaged."""
     return save_task(tmp_path / "task", task(), shared=backbone(), **DESCRIPTION)
+
+
+@pytest.fixture
+def unawaited():
+    """Collect what Orbax leaves of a failed save or restore: coroutines, unawaited."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+        gc.collect()

@@ -12,6 +12,7 @@ from ftn_jax import (
     Task,
     make_delta,
 )
+from ftn_jax.manifest import checksum
 from ftn_jax.nodes import CP, Replace
 
 RULES = {
@@ -69,6 +70,8 @@ def manifest_of(folder):
 def rewrite(folder, change):
     manifest = manifest_of(folder)
     manifest = change(manifest) or manifest
+    if manifest.get("format_version", 3) >= 3:  # else: a file of an earlier format
+        manifest["checksum"] = checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -1,8 +1,8 @@
 """Every way a task file can be wrong, and what is said of it."""
 
 import hashlib
+import json
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,20 +114,9 @@ def test_a_manifest_that_lacks_a_part_of_a_node_names_it(folder, entry):
 
 
 def test_a_newer_format_is_refused(folder):
-    rewrite(folder, lambda m: m.update(format_version=3))
-    with pytest.raises(TaskFileError, match="format version 3, .* up to 2: upgrade"):
+    rewrite(folder, lambda m: m.update(format_version=4))
+    with pytest.raises(TaskFileError, match="format version 4, .* up to 3: upgrade"):
         restore_task(folder, backbone())
-
-
-def test_the_older_format_opens(folder):
-    """Format 1 said nothing of what lies beside the backbone."""
-
-    def to_format_1(manifest):
-        manifest["format_version"] = 1
-        del manifest["beside"]
-
-    rewrite(folder, to_format_1)
-    chex.assert_trees_all_equal(restore_task(folder, backbone()).task, task())
 
 
 def node_at(manifest, path="conv/kernel"):
@@ -218,4 +207,61 @@ def test_tensors_that_are_not_those_of_the_manifest(folder, change, message):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     rewrite(folder, lambda m: m["tensors"].update(sha256=digest))
     with pytest.raises(TaskFileError, match=message):
+        restore_task(folder, backbone())
+
+
+def test_a_manifest_whose_content_was_changed_is_refused(folder):
+    """One flipped bit in a scale or a class's name is no damage to JSON."""
+    path = folder / "manifest.json"
+    text = path.read_text()
+    for old, new in (("0.30000000000000004", "0.70000000000000004"), ("ash", "asi")):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(TaskFileError, match="manifest.json is damaged: its check"):
+            restore_task(folder, backbone())
+
+
+def test_a_manifest_cannot_ask_for_memory(folder):
+    """A trillion parameters are compared with what is there, never allocated."""
+
+    def claim(manifest):
+        for entry in manifest["tensors"]["arrays"].values():
+            entry["shape"] = [10**6, 10**6]
+
+    rewrite(folder, claim)
+    with pytest.raises(TaskFileError, match="the manifest says .*1000000, 1000000"):
+        restore_task(folder, backbone())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [10**6, 10**6], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [2**63, 2**63 + 4]}},
+        {
+            name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+            for name in ("x", "y")  # two tensors on the same bytes
+        },
+    ],
+)
+def test_a_header_cannot_ask_for_memory(folder, header):
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(4)
+    tensors_of(folder).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    rewrite(folder, lambda m: m["tensors"].update(sha256=digest))
+    with pytest.raises(TaskFileError, match="is no safetensors file"):
+        restore_task(folder, backbone())
+
+
+def test_a_manifest_too_deep_or_too_large_is_refused(folder):
+    path = folder / "manifest.json"
+    path.write_bytes(b"[" * 200_000)
+    with pytest.raises(TaskFileError, match="is no task manifest"):
+        restore_task(folder, backbone())
+    with path.open("wb") as file:
+        file.truncate(2**28 + 1)  # sparse
+    with pytest.raises(TaskFileError, match="is no task manifest: over"):
         restore_task(folder, backbone())
