@@ -97,7 +97,7 @@ def main(cfg: Config) -> Results:
     )
     feeds = [cfg.train.seeds.index(seed) for seed, _ in cfg.runs]
     together = Together(step, feeds=feeds)
-    network = "".join(fingerprint(backbone.shared).values())
+    network = "".join(fingerprint(backbone.shared, format_version=2).values())
     _, eval_transform = multi_domain.transforms(cfg.train)
     for domain in domains:
         inputs = short_hash(network, digest(domain.train), digest(domain.test))
@@ -172,7 +172,7 @@ def train(
             on_log=on_log,
             save=folder.save,
         )
-    folder.save(runs)  # until all its rows are written
+    folder.save(runs, wait=True)  # until all its rows are written
     ends = runs.unstack()
     pairs = zip(cfg.runs, ends, strict=True)
     if failed := [run for run, state in pairs if not state.finite]:

@@ -5,9 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+
+import jax
+import numpy as np
 
 from ftn_jax import metrics
+from ftn_jax.events import event
 from ftn_jax.train import TaskState, TrainStep
 
 _NOT_FINITE = (
@@ -16,6 +20,20 @@ _NOT_FINITE = (
 )
 
 OnLog = Callable[[int, dict[str, float]], None]
+
+
+class Save(Protocol):
+    """Writes a state, and beside it what else the run needs to go on."""
+
+    def __call__(
+        self, state: TaskState, *, progress: Mapping[str, Any], wait: bool
+    ) -> None:
+        """Begin to write it, or wait until it is written."""
+        ...
+
+
+class Terminated(KeyboardInterrupt):
+    """The run was asked to end (SIGTERM: a pre-emption, a time limit); it is saved."""
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -39,13 +57,16 @@ def fit(
     steps: int,
     on_log: OnLog | None = None,
     log_every: int = 20,
-    save: Callable[[TaskState], None] | None = None,
+    save: Save | None = None,
     save_every_s: float = 60.0,
+    progress: Mapping[str, Any] | None = None,
 ) -> TaskState:
     """Train until `steps`, from wherever `state` stands.
 
-    Ctrl-C (SIGINT) waits for the step under way, saves, and raises
-    `KeyboardInterrupt`; a second one does not wait.
+    Ctrl-C (SIGINT) and SIGTERM wait for the step under way, save, and raise
+    `KeyboardInterrupt` or `Terminated`; a second one does not wait. In a job of several
+    processes SIGTERM to any of them ends all after the same step (JAX's pre-emption
+    service), and Ctrl-C does not wait.
 
     Args:
         step: a jitted training step; it may donate its state.
@@ -59,9 +80,11 @@ def fit(
             which waits for the device.
         save: writes a state, every so often and when the run is interrupted.
         save_every_s: seconds between two saves.
+        progress: what `save` was given with this state.
 
     Raises:
         NonFiniteLoss: holds the last good state, which was also saved.
+        OSError: if a state cannot be saved.
         ValueError: if the batches end before `steps`.
     """
     done = int(state.step)
@@ -69,30 +92,48 @@ def fit(
         raise NonFiniteLoss(_NOT_FINITE.format(done), state)
     if done >= steps:
         return state
-    window: dict[str, Any] | None = None
+    progress = dict(progress or {})
+    window: dict[str, Any] | None = progress.get("window")
+    began = time.monotonic() - progress.get("seconds", 0.0)
     saved = time.monotonic()
+
+    def keep(*, wait: bool = True) -> None:
+        if save:
+            so_far = {k: float(v) for k, v in window.items()} if window else None
+            seconds = round(time.monotonic() - began, 3)
+            save(state, progress={"window": so_far, "seconds": seconds}, wait=wait)
+
+    def check_finite() -> None:
+        if window and float(window.get("nonfinite", 0.0)):
+            keep()
+            raise NonFiniteLoss(_NOT_FINITE.format(int(state.step)), state)
+
     stream = batches(done)
-    with _interrupt() as interrupted:
+    with _signals() as asked:
         try:
             for batch in stream:
                 state, sums = step(shared, state, batch)
                 done += 1
                 window = metrics.add(window, sums)
                 if done % log_every == 0 or done == steps:
-                    _check_finite(window, state, save)
+                    check_finite()
+                    means = metrics.means(window)
+                    event("step", step=done, of=steps, **means)
                     if on_log:
-                        on_log(done, metrics.means(window))
+                        on_log(done, means)
                     window = None
-                if interrupted.is_set():
-                    _check_finite(window, state, save)
-                    if save:
-                        save(state)
-                    raise KeyboardInterrupt
+                if stop := _stop(asked, done):
+                    check_finite()
+                    keep()
+                    event("stop", step=done, why=stop.__name__)
+                    raise stop
                 if done == steps:
                     return state
-                if save and time.monotonic() - saved > save_every_s:
-                    _check_finite(window, state, save)
-                    save(state)
+                if save and _due(
+                    time.monotonic() - saved > save_every_s, done, log_every
+                ):
+                    check_finite()
+                    keep(wait=False)
                     saved = time.monotonic()
         finally:
             if hasattr(stream, "close"):
@@ -100,32 +141,48 @@ def fit(
     raise ValueError(f"the batches ended after step {done}, expected {steps} steps")
 
 
-def _check_finite(
-    window: Mapping[str, Any] | None,
-    state: TaskState,
-    save: Callable[[TaskState], None] | None,
-) -> None:
-    if window is None or not float(window.get("nonfinite", 0.0)):
-        return
-    if save:
-        save(state)
-    raise NonFiniteLoss(_NOT_FINITE.format(int(state.step)), state)
+def _stop(
+    asked: list[type[KeyboardInterrupt]], done: int
+) -> type[KeyboardInterrupt] | None:
+    """Say whether, and how, the run ends after this step; alike in all processes."""
+    if jax.process_count() == 1:
+        return asked[0] if asked else None
+    from jax.experimental import multihost_utils
+
+    return Terminated if multihost_utils.reached_preemption_sync_point(done) else None
+
+
+def _due(late: bool, done: int, log_every: int) -> bool:
+    """Say whether to save after this step; the first process's clock decides."""
+    if jax.process_count() == 1 or done % log_every:
+        return late and jax.process_count() == 1
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
 
 
 @contextmanager
-def _interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event: a donated state must not be cut in two."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may set handlers
+def _signals() -> Iterator[list[type[KeyboardInterrupt]]]:
+    """Note the first signal instead of stopping: a donated state must not be cut."""
+    asked: list[type[KeyboardInterrupt]] = []
+    main = threading.current_thread() is threading.main_thread()
+    if not main or jax.process_count() > 1:
+        yield asked  # only the main thread may set handlers; jobs have JAX's
         return
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
     def handler(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, old)
-        event.set()
+        asked.append(kinds[signal.Signals(number)])
+        restore()
 
-    old = signal.signal(signal.SIGINT, handler)
+    def restore() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+    old = {number: signal.getsignal(number) for number in kinds}
+    for number in kinds:
+        signal.signal(number, handler)
     try:
-        yield event
+        yield asked
     finally:
-        signal.signal(signal.SIGINT, old)
+        restore()

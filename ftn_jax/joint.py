@@ -131,7 +131,7 @@ def train_joint(
         on_log=on_log,
         save=folder.save,
     )
-    folder.save(state)
+    folder.save(state, wait=True)
     params = materialize(backbone.shared, state.task.delta)
     joint = backbone._replace(shared=params, model_state=state.task.model_state)
     ends = np.cumsum(classes)

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 
 from ftn_jax.atomic import write_atomic
+from ftn_jax.events import event, write_events
+from ftn_jax.jobs import sync
 
 PACKAGES = ("ftn-jax", "jax", "flax", "optax", "numpy")
 
@@ -59,8 +61,9 @@ class Row:
 class Results:
     """The rows of one workdir, in `results.json`; every `add` reaches the disk.
 
-    Several processes may share a workdir, each with rows of its own (other seeds, other
-    domains): adding a row keeps what the others added.
+    Several runs may share a workdir, each with rows of its own (other seeds, other
+    domains): adding a row keeps what the others added. Of the processes of one job all
+    call every method, and the first one writes. Events go to `log.jsonl` beside it.
     """
 
     def __init__(
@@ -95,12 +98,13 @@ class Results:
             "config": config,
         }
         self.rows: list[Row] = []
+        sync(f"open {self.path}")  # all see the rows of before, or none does
         if self.path.exists():
             old = _read(self.path)
             differing = [
                 f"{name}: there {old['config'].get(name)!r}, now {config.get(name)!r}"
                 for name in sorted({*old["config"], *config} - {*free})
-                if old["config"].get(name) != config.get(name)
+                if _differ(old["config"], config, name)
             ]
             if old["experiment"] != experiment:
                 differing.append(f"experiment: there {old['experiment']!r}")
@@ -111,6 +115,8 @@ class Results:
                 )
             self.rows = [Row(**row) for row in old["rows"]]
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_events(self.path.with_name("log.jsonl"))
+        event("start", experiment=experiment, config=config, commit=_commit())
         self._write()
 
     def find(self, method: str, task: str, seed: int, *, inputs: str) -> Row | None:
@@ -134,8 +140,17 @@ class Results:
         """Append a row and write the file."""
         self.rows.append(row)
         self._write()
+        event("row", method=row.method, task=row.task, seed=row.seed, value=row.value)
 
     def _write(self) -> None:
+        sync(f"rows of {self.path}")
+        if jax.process_index() == 0:
+            self._write_file()
+        sync(f"wrote {self.path}")
+        if jax.process_index() > 0:
+            self.rows = [Row(**row) for row in _read(self.path)["rows"]]
+
+    def _write_file(self) -> None:
         from filelock import FileLock
 
         with FileLock(self.path.with_name(".results.lock")):
@@ -147,6 +162,13 @@ class Results:
                 ]
             content = self._head | {"rows": [asdict(row) for row in self.rows]}
             write_atomic(self.path, json.dumps(content, indent=1).encode())
+
+
+def _differ(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> bool:
+    """Compare a flag; one that the earlier release did not have was off."""
+    if name not in old:
+        return bool(new[name])
+    return old[name] != new.get(name)
 
 
 def _read(path: Path) -> dict[str, Any]:

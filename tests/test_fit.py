@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from toy import batch, setup
 
-from ftn_jax.fit import NonFiniteLoss, fit
+from ftn_jax.fit import NonFiniteLoss, Terminated, fit
 from ftn_jax.resume import StateFolder
 
 
@@ -122,18 +122,22 @@ def test_batches_that_end_early_are_an_error():
         )
 
 
-def test_ctrl_c_saves_and_raises(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)],
+)
+def test_a_signal_saves_and_raises(tmp_path, number, raised):
     shared, state, step = setup()
     folder = StateFolder(tmp_path / "state")
 
     def interrupting(start):
         for n, data in enumerate(batches(start), start):
             if n == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             yield data
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(number)
+    with pytest.raises(raised):
         fit(
             jax.jit(step, donate_argnums=1),
             shared,
@@ -142,19 +146,23 @@ def test_ctrl_c_saves_and_raises(tmp_path):
             steps=50,
             save=folder.save,
         )
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     _, fresh, _ = setup()
-    assert int(folder.restore(fresh).step) == 4
+    state, progress = folder.restore_with_progress(fresh)
+    assert int(state.step) == 4
+    assert progress["seconds"] > 0 and progress["window"]["count"] == 4 * 8
 
 
 def test_second_ctrl_c_does_not_wait():
     code = """
     import os, signal
-    from ftn_jax.fit import _interrupt
+    from ftn_jax.fit import _signals
+    # A job in the background may have been started with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _interrupt() as event:
+        with _signals() as asked:
             os.kill(os.getpid(), signal.SIGINT)
-            assert event.is_set()
+            assert asked == [KeyboardInterrupt]
             os.kill(os.getpid(), signal.SIGINT)
             print("not reached")
     except KeyboardInterrupt:
@@ -168,3 +176,51 @@ def test_second_ctrl_c_does_not_wait():
         timeout=120,
     )
     assert done.stdout.strip() == "stopped", done.stderr
+
+
+def test_a_log_goes_on_where_it_stopped(tmp_path):
+    """The means over the steps of before and after a resume are those of all."""
+    shared, start, step = setup()
+    jitted, whole, parts = jax.jit(step), [], []
+    fit(jitted, shared, start, batches, steps=10, on_log=lambda *x: whole.append(x))
+    folder = StateFolder(tmp_path / "state")
+
+    def stopping(first):
+        for n, data in enumerate(batches(first), first):
+            if n == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield data
+
+    with pytest.raises(Terminated):
+        fit(jitted, shared, start, stopping, steps=10, save=folder.save)
+    state, progress = folder.restore_with_progress(start)
+    fit(
+        jitted,
+        shared,
+        state,
+        batches,
+        steps=10,
+        on_log=lambda *x: parts.append(x),
+        progress=progress,
+    )
+    assert parts[0][0] == whole[0][0] == 10
+    assert parts[0][1] == pytest.approx(whole[0][1], rel=1e-6)
+
+
+def test_the_last_states_stay_and_the_best(tmp_path):
+    shared, state, step = setup()
+    folder = StateFolder(tmp_path / "state", keep=2, best="accuracy")
+    jitted = jax.jit(step, donate_argnums=1)
+    expected = {}
+    for n, accuracy in enumerate([0.1, 0.9, 0.5, 0.3, 0.2], 1):
+        state, _ = jitted(shared, state, batch(seed=n))
+        expected[n] = jax.tree.map(jnp.copy, state)
+        # Donated by the next step while it is still being written.
+        folder.save(state, metrics={"accuracy": accuracy}, progress={"n": n})
+    folder.close()
+    assert sorted(p.name for p in folder.directory.iterdir()) == ["2", "4", "5"]
+    _, fresh, _ = setup()
+    for best, n in ((False, 5), (True, 2)):
+        found, progress = folder.restore_with_progress(fresh, best=best)
+        chex.assert_trees_all_equal(found, expected[n])
+        assert progress == {"n": n}

@@ -1,0 +1,88 @@
+"""Killed at random moments, a run ends as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+from forks import Forks, until
+from kill_program import ROWS, STEPS
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with Forks(tmp_path_factory.mktemp("cache"), "kill_program") as forks:
+        yield forks
+
+
+def outcome(workdir):
+    """What a run leaves: its rows, and the hashes of the tasks' tensors."""
+    rows = json.loads((workdir / "results.json").read_text())["rows"]
+    hashes = [
+        json.loads((workdir / "tasks" / str(n) / "manifest.json").read_text())
+        for n in range(ROWS)
+    ]
+    return (
+        sorted((row["seed"], row["value"], row["steps"]) for row in rows),
+        [m["tensors"]["sha256"] for m in hashes],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(forks, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    forks.run(workdir.with_suffix(".out"), "kill_program.main", workdir)
+    found = outcome(workdir)
+    assert [row[2] for row in found[0]] == [STEPS] * ROWS
+    assert len(set(found[1])) == ROWS
+    return found
+
+
+def saving(workdir):
+    """Orbax writes a state under a temporary name, and renames it."""
+    return [*workdir.glob("state/*/*tmp*")]
+
+
+def moment(rng, kind, out, workdir):
+    """Wait for a random moment of a kind."""
+
+    def said(lines):
+        text = out.read_text() if out.exists() else ""
+        return text.count("\n") >= lines or "done" in text
+
+    if kind == 3:  # any, start-up included
+        time.sleep(rng.uniform(0, 1))
+        return
+    wanted = rng.randint(2, 4)  # after one to three steps, so that the run moves on
+    until(lambda: said(wanted))
+    if kind == 1:  # while a state is being written
+        until(lambda: saving(workdir) or said(1000))
+    else:
+        time.sleep(rng.uniform(0, 0.03))
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_runs_end_like_a_whole_one(forks, whole, tmp_path, kills):
+    rng, workdir, out = random.Random(kills), tmp_path / "run", tmp_path / "out"
+    rows, done, during_save = [], 0, 0
+    for n in range(kills):
+        out.unlink(missing_ok=True)
+        pid = forks.start(out, "kill_program.main", workdir)
+        moment(rng, n % 4, out, workdir)
+        os.kill(pid, signal.SIGKILL)
+        code = forks.wait(pid)
+        if code == 0:  # it was done already
+            break
+        assert code == -signal.SIGKILL, out.read_text()
+        done += 1
+        during_save += bool(saving(workdir))
+        if (workdir / "results.json").exists():
+            now = json.loads((workdir / "results.json").read_text())["rows"]
+            assert now[: len(rows)] == rows  # no finished row is lost
+            rows = now
+    assert done >= min(kills, 20) and during_save
+    forks.run(out, "kill_program.main", workdir)
+    assert outcome(workdir) == whole
+    assert not [*workdir.glob("state/*")]
