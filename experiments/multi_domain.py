@@ -49,6 +49,7 @@ from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
 from ftn_jax.nodes.cp import CPInit
 from ftn_jax.optimizer import Schedule
+from ftn_jax.parallel import Layout
 from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.presets.budget import KNOBS, fit_to, planned_groups
 from ftn_jax.pretrained import load_resnet
@@ -177,6 +178,11 @@ class Config:
     candidates."""
     bf16: bool = False
     """Compute in bfloat16; factors, norms and optimizer stay in float32."""
+    mesh: str | None = None
+    """Devices to use: data=8, or data=4,model=2 to split the backbone too; default:
+    one. docs/batch_jobs.md has recipes."""
+    local_batch_norm: bool = False
+    """On several devices, let BatchNorm see each one's part of the batch alone."""
 
     @classmethod
     def tiny(cls) -> "Config":
@@ -346,6 +352,7 @@ def fill(
             "ranks",
             "inits",
             "seeds",
+            "mesh",
         ),
     )
     sweep(
@@ -365,6 +372,7 @@ def fill(
         seeds=cfg.seeds,
         validation=cfg.validation,
         choose_on=cfg.choose_on,
+        layout=Layout.for_run(cfg.mesh, local_batch_norm=cfg.local_batch_norm),
         workdir=cfg.workdir,
     )
     return results

@@ -1,8 +1,10 @@
 """Adapt one backbone to one domain by one method: the papers' unit of work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -25,6 +27,7 @@ from ftn_jax.forward import Forward, merged
 from ftn_jax.measure import CLASSIFICATION, Measure
 from ftn_jax.method import Backbone, Method, Stage
 from ftn_jax.optimizer import Schedule, make_optimizer
+from ftn_jax.parallel import Layout
 from ftn_jax.resume import StateFolder
 from ftn_jax.train import (
     Penalty,
@@ -84,6 +87,7 @@ class Adaptation:
         forward: Forward = merged,
         device: Transform | None = None,
         workers: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         """Prepare the optimizer and the jitted step of each of the method's stages.
 
@@ -97,13 +101,16 @@ class Adaptation:
             forward: how to run the network on `(shared, delta)`.
             device: steps of the transform that run on the accelerator.
             workers: processes that make the batches; 0 is a thread of this one.
+            layout: the devices to train on; default: the first one.
 
         Raises:
-            ValueError: if the shares of the method's stages do not add up to 1.
+            ValueError: if the shares of the method's stages do not add up to 1, or
+                the batch cannot be split over the devices.
         """
         self.backbone, self.method, self.recipe = backbone, method, recipe
-        self.source, self.transform = source, transform
+        self.source, self.transform, self.layout = source, transform, layout
         self.device, self.workers = device, workers
+        self._shard = layout.rows(recipe.batch_size) if layout else (0, 1)
         per_epoch = steps_per_epoch(source, batch_size=recipe.batch_size)
         self.steps = recipe.epochs * per_epoch
         shares = [stage.share for stage in method.stages]
@@ -122,7 +129,8 @@ class Adaptation:
         self._optimizers, self._steps = [], []
         for stage, (first, last) in zip(method.stages, self._bounds, strict=True):
             tx = self._optimizer(stage, last - first, per_epoch)
-            step = make_train_step(
+            make = partial(
+                make_train_step,
                 apply,
                 tx,
                 loss=measure.loss,
@@ -133,7 +141,9 @@ class Adaptation:
                 accumulate=recipe.accumulate,
             )
             self._optimizers.append(tx)
-            self._steps.append(jax.jit(step, donate_argnums=1))
+            self._steps.append(
+                layout.train_step(make) if layout else jax.jit(make(), donate_argnums=1)
+            )
 
     def _optimizer(self, stage: Stage, steps: int, per_epoch: int) -> Any:
         recipe = self.recipe
@@ -194,23 +204,35 @@ class Adaptation:
             NonFiniteLoss: see `ftn_jax.fit.fit`.
         """
         state = self._begin(seed, 0, task) if task else self.start(seed)
+        shared, layout = self.backbone.shared, self.layout
+        if layout:
+            shared = layout.place(shared)
         for stage, (first, last) in enumerate(self._bounds):
             if stage:
                 state = self._begin(seed, stage, state.task)
+            if layout:
+                state = layout.place(state)
             place = folder and (folder if not stage else folder.of(f"stage{stage}"))
-            if place:
-                state = place.restore(state) or state
+            state, progress = (place and place.restore_with_progress(state)) or (
+                state,
+                None,
+            )
             state = fit(
                 self._steps[stage],
-                self.backbone.shared,
+                shared,
                 state,
                 lambda start, first=first: self._batches(seed, first + start),
                 steps=last - first,
                 on_log=_shifted(on_log, first),
                 save=place.save if place else None,
+                progress=progress,
             )
             if place and (keep or stage + 1 < len(self._bounds)):
                 place.save(state)  # the next stage starts here
+            if place:
+                place.close()
+            if layout:
+                state = layout.collect(state)
         return state
 
     def _batches(self, seed: int, start_step: int) -> Any:
@@ -222,8 +244,18 @@ class Adaptation:
             start_step=start_step,
             device=self.device,
             workers=self.workers,
+            shard=self._shard,
         )
-        return prefetch(stream)
+        return prefetch(_put(self.layout, stream) if self.layout else stream)
+
+
+def _put(
+    layout: Layout, stream: Generator[Batch, None, None]
+) -> Generator[Any, None, None]:
+    """Give every device its part of each batch."""
+    with closing(stream):
+        for batch in stream:
+            yield layout.put(batch)
 
 
 def _shifted(on_log: OnLog | None, first: int) -> OnLog | None:
@@ -255,6 +287,7 @@ class Evaluator:
         batch_size: int = 256,
         measure: Measure = CLASSIFICATION,
         workers: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         """Prepare the jitted steps.
 
@@ -265,11 +298,16 @@ class Evaluator:
             batch_size: images per step; the last batch is padded and masked.
             measure: what the outputs are judged by.
             workers: processes that make the batches; 0 is a thread of this one.
+            layout: the devices to run on; default: the first one. Every process of a
+                job reads all examples, and has all outputs.
         """
         self.shared, self.transform = backbone.shared, transform
-        self.batch_size, self.measure, self.workers = batch_size, measure, workers
-        apply = backbone.network(classes)
-        self._outputs = jax.jit(make_eval_step(apply, metrics=None))
+        self.batch_size, self.measure = batch_size, measure
+        self.workers, self.layout = workers, layout
+        step = make_eval_step(backbone.network(classes), metrics=None)
+        self._outputs = layout.eval_step(step) if layout else jax.jit(step)
+        if layout:
+            self.batch_size = layout.round_up(batch_size)
 
     def on(self, shared: Any) -> Self:
         """Return the same evaluator, compiled once, on another backbone's values."""
@@ -300,6 +338,9 @@ class Evaluator:
         # Merged once for all batches; what runs then is the same for every method.
         params = materialize(self.shared, task.delta)
         merged = Task(jax.tree.map(lambda _: None, params), task.model_state)
+        layout = self.layout
+        if layout:
+            params, merged = layout.place((params, merged))
         stream = eval_batches(
             source,
             batch_size=self.batch_size,
@@ -307,7 +348,11 @@ class Evaluator:
             workers=self.workers,
         )
         for batch in prefetch(stream):
-            yield self._outputs(params, merged, batch), batch
+            if layout is None:
+                yield self._outputs(params, merged, batch), batch
+                continue
+            outputs = self._outputs(params, merged, layout.put_whole(batch))
+            yield jax.tree.map(np.asarray, outputs), batch
 
 
 def _real(outputs: Any, batch: Batch) -> Any:

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
+
 from ftn_jax.adapt import Adaptation, Evaluator, Recipe
 from ftn_jax.checkpoint import fingerprint, restore_task
 from ftn_jax.data import Domain, Transform, describe, digest, split
 from ftn_jax.forward import Forward, merged
 from ftn_jax.measure import CLASSIFICATION, Measure
 from ftn_jax.method import Backbone, Method
+from ftn_jax.parallel import Layout
 from ftn_jax.results import Results
 from ftn_jax.trial import finish, short_hash, train_best
 
@@ -56,6 +59,7 @@ def sweep(
     eval_batch_size: int = 256,
     forward: Forward = merged,
     workers: int = 0,
+    layout: Layout | None = None,
     workdir: Path,
 ) -> None:
     """Train and test what `results` does not hold yet.
@@ -85,6 +89,7 @@ def sweep(
         eval_batch_size: images per step of validation and test.
         forward: how training runs the network on `(shared, delta)`.
         workers: processes that read and augment images; the results do not change.
+        layout: the devices to train and test on; default: the first one.
         workdir: the experiment's folder.
 
     Raises:
@@ -103,7 +108,8 @@ def sweep(
     _check_folders([*contenders, *(r.method for r in results.rows)])
     # Complains before, not after training.
     preprocessing = {d.name: describe(_of(eval_transform, d)) for d in domains}
-    network = "".join(fingerprint(backbone.shared).values())
+    # The hash of earlier releases: their rows stay valid.
+    network = "".join(fingerprint(backbone.shared, format_version=2).values())
     first = domains[0].name if domains else ""
     prepared: dict[str, Backbone] = {}
     chains: dict[tuple[str, int], Backbone] = {}
@@ -116,6 +122,7 @@ def sweep(
             batch_size=eval_batch_size,
             measure=measure,
             workers=workers,
+            layout=layout,
         )
         train, held_out = domain.train, None
         if validation:
@@ -158,6 +165,7 @@ def sweep(
                             measure=measure,
                             forward=forward,
                             workers=workers,
+                            layout=layout,
                         )
                         for rates in _chosen(results, name, domain.name)
                         or (
@@ -194,12 +202,13 @@ def sweep(
                 results.add(row)
                 if method.after:
                     chains[name, seed] = method.after(own, delta)
-                shutil.rmtree(workdir / "state" / place, ignore_errors=True)
-                print(
-                    f"{domain.name:>20}  {name:<24} seed {seed}  "
-                    f"{measure.show(row.value)}  {row.seconds:6.1f} s",
-                    flush=True,
-                )
+                if jax.process_index() == 0:
+                    shutil.rmtree(workdir / "state" / place, ignore_errors=True)
+                    print(
+                        f"{domain.name:>20}  {name:<24} seed {seed}  "
+                        f"{measure.show(row.value)}  {row.seconds:6.1f} s",
+                        flush=True,
+                    )
                 # Later seeds train with what validation chose for the first.
                 candidates = [c for c in candidates if c.recipe.rates == best.rates]
 
