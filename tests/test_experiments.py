@@ -21,7 +21,8 @@ from ftn_jax import restore_task
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
-TRAINING = [name for name in NAMES if name not in ("parameters", "speed", "durability")]
+MEASURING = ("durability", "input_speed", "parameters", "speed")
+TRAINING = [name for name in NAMES if name not in MEASURING]
 
 
 def load(name):

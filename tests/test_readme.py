@@ -32,7 +32,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
 )
 def test_blocks_of_the_docs_run_in_order(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
+    names: dict = {"__name__": path.stem}
     for block in blocks(path):
         exec(compile(block, path.name, "exec"), names)
 

@@ -60,6 +60,7 @@ from ftn_jax.data.steps import (
     steps_per_epoch,
     train_steps,
 )
+from ftn_jax.data.tfds_domains import TFDSSource, load_tfds
 from ftn_jax.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -76,6 +77,8 @@ from ftn_jax.data.transforms import (
 from ftn_jax.data.workers import grain_dataset
 
 __all__ = [
+    "TFDSSource",
+    "load_tfds",
     "CLIP",
     "DECATHLON",
     "DOMAINNET",
