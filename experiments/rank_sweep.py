@@ -16,9 +16,8 @@ steeply at first, and levels off.
 """
 
 import shutil
-import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +36,9 @@ from ftn_jax.factored import factored
 from ftn_jax.fit import NonFiniteLoss, fit
 from ftn_jax.forward import merged
 from ftn_jax.method import Backbone
+from ftn_jax.plots import plot_rank
 from ftn_jax.presets import ftn
-from ftn_jax.results import Results, Row
+from ftn_jax.results import Results
 from ftn_jax.resume import StateFolder
 from ftn_jax.runs import Together, cut, fill, own_classes
 from ftn_jax.sweep import slug
@@ -130,7 +130,7 @@ def main(cfg: Config) -> Results:
             results.add(row)
         shutil.rmtree(states(cfg, domain).directory, ignore_errors=True)
     report(results)
-    plot_ranks(results.rows, cfg.workdir / "ranks.png")
+    plot_rank(results.rows, cfg.workdir / "ranks.png")
     return results
 
 
@@ -226,42 +226,6 @@ def states(cfg: Config, domain: Domain) -> StateFolder:
 def label(rank: int) -> str:
     """Name a row of the table."""
     return f"FTN R={rank}"
-
-
-def plot_ranks(rows: Sequence[Row], path: Path) -> None:
-    """Draw accuracy against rank: mean and standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    ranks = sorted({row.details["rank"] for row in rows})
-    for task in dict.fromkeys(row.task for row in rows):
-        values = [
-            [100 * r.value for r in rows if (r.task, r.details["rank"]) == (task, rank)]
-            for rank in ranks
-        ]
-        axes.errorbar(
-            ranks,
-            [statistics.mean(v) for v in values],
-            [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values],
-            fmt="o-",
-            capsize=3,
-            label=task,
-        )
-    axes.set(
-        xscale="log",
-        xlabel="rank",
-        ylabel="test accuracy, %",
-        title="mean and standard deviation over seeds",
-    )
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ def plot_rank(
 ) -> None:
     """Draw accuracy against rank, one line for each task and one for their mean.
 
+    Bars are a task's standard deviation over seeds, where there are several.
+
     Args:
         rows: of an experiment; those with a `"rank"` among their details are drawn.
         path: of the picture.
@@ -52,12 +54,15 @@ def plot_rank(
                 r for r in ranked if r.details["rank"] == rank and r.task in wanted
             ]
             if {r.task for r in found} == wanted:
-                points.append((rank, mean(found)))
+                values = [100 * r.value for r in found]
+                bar = 0.0 if whole or len(values) < 2 else statistics.stdev(values)
+                points.append((rank, mean(found), bar))
         style = "k*-" if whole else "o-"
         if points:
-            axes.plot(
+            axes.errorbar(
                 *zip(*points, strict=True),
-                style,
+                fmt=style,
+                capsize=0 if whole else 3,
                 alpha=1.0 if whole else 0.45,
                 label=f"{label} over the tasks" if whole else label,
             )

@@ -2,10 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -162,26 +164,7 @@ class Convolution:
         around = [(0, 0, 0), *inside, (0, 0, 0)]
         mixed = lax.pad(mixed, jnp.zeros((), mixed.dtype), around)
         taps = jnp.tile(factors.taps, (1, self.groups)).astype(mixed.dtype)
-        return self._shifted_sum(mixed, window, steps, taps)
-
-    def _shifted_sum(
-        self, x: Any, window: tuple[int, ...], steps: tuple[int, ...], taps: Any
-    ) -> Float[Array, "n *t c"]:
-        """Sum the map as each tap sees it, each channel times the tap's weight."""
-        shape = zip(x.shape[1:-1], window, self.kernel_dilation, steps, strict=True)
-        reach = [(n - (k - 1) * d - 1) // s * s + 1 for n, k, d, s in shape]
-        total = jnp.zeros((), x.dtype)
-        for tap, place in enumerate(itertools.product(*map(range, window))):
-            start = [p * d for p, d in zip(place, self.kernel_dilation, strict=True)]
-            stop = [a + n for a, n in zip(start, reach, strict=True)]
-            seen = lax.slice(
-                x,
-                (0, *start, 0),
-                (x.shape[0], *stop, x.shape[-1]),
-                (1, *steps, 1),
-            )
-            total = total + seen * taps[tap].reshape((1,) * (x.ndim - 1) + (-1,))
-        return total
+        return _shifted_sum(mixed, taps, window, self.kernel_dilation, steps)
 
     def _pads(
         self, sizes: tuple[int, ...], window: tuple[int, ...]
@@ -193,6 +176,71 @@ class Convolution:
         taps = zip(window, self.kernel_dilation, strict=True)
         spans = [(k - 1) * d + 1 for k, d in taps]
         return list(lax.padtype_to_pads(dilated, spans, self.strides, self.padding))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _shifted_sum(
+    x: Float[Array, "n *s c"],
+    taps: Float[Array, "taps c"],
+    window: tuple[int, ...],
+    dilation: tuple[int, ...],
+    steps: tuple[int, ...],
+) -> Float[Array, "n *t c"]:
+    """Sum the map as each tap sees it, each channel times the tap's weight."""
+    spans = zip(x.shape[1:-1], window, dilation, steps, strict=True)
+    reach = [(n - (k - 1) * d - 1) // s * s + 1 for n, k, d, s in spans]
+    return _weighed(_views(x, window, dilation, reach, steps), taps)
+
+
+def _shifted_sum_forward(x: Any, taps: Any, *sizes: Any) -> tuple[Any, Any]:
+    return _shifted_sum(x, taps, *sizes), (x, taps)
+
+
+def _shifted_sum_backward(
+    window: Any, dilation: Any, steps: Any, kept: Any, out_bar: Any
+) -> tuple[Any, Any]:
+    """Shift the gradient, not the input.
+
+    What is shifted depends on the gradient: the compiler cannot make the shifted maps
+    of all layers in the forward pass already, and keep them.
+    """
+    x, taps = kept
+    sizes = x.shape[1:-1]
+    before = [(k - 1) * d for k, d in zip(window, dilation, strict=True)]
+    spans = zip(sizes, out_bar.shape[1:-1], steps, strict=True)
+    after = [n - (m - 1) * s - 1 for n, m, s in spans]
+    around = zip(before, after, (s - 1 for s in steps), strict=True)
+    zero = jnp.zeros((), out_bar.dtype)
+    spread = lax.pad(out_bar, zero, [(0, 0, 0), *around, (0, 0, 0)])
+    once = (1,) * len(window)
+    # The first tap sees what lies furthest on.
+    views = _views(spread, window, dilation, sizes, once)[::-1]
+    axes = tuple(range(x.ndim - 1))
+    taps_bar = jnp.stack([(x * view).sum(axes, dtype=taps.dtype) for view in views])
+    return _weighed(views, taps), taps_bar
+
+
+_shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
+
+
+def _views(
+    x: Any, window: Any, dilation: Any, reach: Any, steps: Any
+) -> list[Float[Array, "n *t c"]]:
+    """Cut out what each tap of a window sees."""
+    views = []
+    for place in itertools.product(*map(range, window)):
+        start = [p * d for p, d in zip(place, dilation, strict=True)]
+        stop = [a + n for a, n in zip(start, reach, strict=True)]
+        limits = (0, *start, 0), (x.shape[0], *stop, x.shape[-1])
+        views.append(lax.slice(x, *limits, (1, *steps, 1)))
+    return views
+
+
+def _weighed(
+    views: Sequence[Float[Array, "n *t c"]], taps: Float[Array, "taps c"]
+) -> Float[Array, "n *t c"]:
+    shape = (1,) * (views[0].ndim - 1) + (-1,)
+    return sum(v * w.reshape(shape) for v, w in zip(views, taps, strict=True))  # pyright: ignore[reportReturnType]
 
 
 def _plain(options: Mapping[str, Any]) -> bool:
