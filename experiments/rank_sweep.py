@@ -15,7 +15,6 @@ Expected, from FTN (arXiv 2310.06124), its rank studies: accuracy rises with the
 steeply at first, and levels off.
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -128,7 +127,7 @@ def main(cfg: Config) -> Results:
                 details={"rank": rank, "train_examples": len(domain.train)},
             )
             results.add(row)
-        shutil.rmtree(states(cfg, domain).directory, ignore_errors=True)
+        states(cfg, domain).clear()
     report(results)
     plot_rank(results.rows, cfg.workdir / "ranks.png")
     return results

@@ -211,7 +211,7 @@ def test_runs_are_fitted_saved_and_go_on(tmp_path):
 
     whole = fit(together, SHARED, begin(), batches, steps=4)
     folder = StateFolder(tmp_path / "state")
-    folder.save(fit(together, SHARED, begin(), batches, steps=2))
+    folder.save(fit(together, SHARED, begin(), batches, steps=2), wait=True)
     back = folder.restore(begin())
     assert back is not None and int(back.step) == 2
     chex.assert_trees_all_equal(
