@@ -271,7 +271,7 @@ class Tested(NamedTuple):
         outputs_sha256: of all outputs, in order.
     """
 
-    scores: dict[str, float]
+    scores: dict[str, Any]
     outputs_sha256: str
 
 
@@ -320,7 +320,7 @@ class Evaluator:
         parts = [_real(*pair) for pair in self._run(task, source)]
         return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
-    def score(self, task: Task, source: Source) -> dict[str, float]:
+    def score(self, task: Task, source: Source) -> dict[str, Any]:
         """Return the measure's numbers over all of the source."""
         collect = self.measure.collect
         return self.measure.score([collect(*pair) for pair in self._run(task, source)])

@@ -22,8 +22,9 @@ class Measure:
         collect: `(outputs, batch) -> anything` that `score` needs of one evaluated
             batch: sums, or all outputs. Examples with `batch["mask"]` 0 only fill the
             batch and must not count.
-        score: what `collect` gave, batch by batch -> named numbers of the whole set,
-            `metric` among them; `"loss"`, if there, decides between equals.
+        score: what `collect` gave, batch by batch -> named numbers of the whole set (or
+            lists of them, such as curves), `metric` among them; `"loss"`, if there,
+            decides between equals.
         metric: the one number that results report and validation chooses by.
         higher_is_better: whether a larger number is the better one.
         percent: the number is a share, printed in percent.
@@ -31,16 +32,16 @@ class Measure:
 
     loss: Loss
     collect: Callable[[Any, Mapping[str, Any]], Any]
-    score: Callable[[Sequence[Any]], dict[str, float]]
+    score: Callable[[Sequence[Any]], dict[str, Any]]
     metric: str
     higher_is_better: bool = True
     percent: bool = True
 
-    def better(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
+    def better(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
         """Compare two scores; one that is NaN is the worst."""
         return self._rank(new) > self._rank(old)
 
-    def _rank(self, scores: Mapping[str, float]) -> tuple[float, float]:
+    def _rank(self, scores: Mapping[str, Any]) -> tuple[float, float]:
         value, loss = scores[self.metric], scores.get("loss", 0.0)
         value = value if self.higher_is_better else -value
         return -math.inf if math.isnan(value) else value, -loss

@@ -27,7 +27,7 @@ class Trained(NamedTuple):
 
     task: Task
     rates: dict[str, float]
-    validation: dict[str, float] | None
+    validation: dict[str, Any] | None
     seconds: float
     steps: int
 

@@ -1,5 +1,6 @@
 """Plain Flax backbones; none of them knows of deltas."""
 
+from ftn_jax.models.deeplab import DeepLab
 from ftn_jax.models.resnet import ResNet
 from ftn_jax.models.resnet_family import (
     RESNETS,
@@ -29,6 +30,7 @@ from ftn_jax.models.vit_positions import interpolate_positions
 __all__ = [
     "RESNETS",
     "VITS",
+    "DeepLab",
     "ResNet",
     "ViT",
     "cifar_resnet",
