@@ -1,5 +1,7 @@
 """Factorized Tensor Networks: one frozen vision network, many tasks."""
 
+from ftn_jax.algebra import combine
+from ftn_jax.bank import Bank
 from ftn_jax.checkpoint import SavedTask, restore_task, save_task
 from ftn_jax.core import (
     Extended,
@@ -11,27 +13,39 @@ from ftn_jax.core import (
     materialize,
 )
 from ftn_jax.extras import restore_extras, save_extras
+from ftn_jax.mixed import (
+    create_mixed_state,
+    make_mixed_eval_step,
+    make_mixed_train_step,
+)
 from ftn_jax.node import Node, beside, frozen, static, tied
 from ftn_jax.optimizer import make_optimizer
+from ftn_jax.recompress import recompress
 from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
 
 __all__ = [
+    "Bank",
     "Extended",
     "Node",
     "SavedTask",
     "Task",
     "TaskState",
     "beside",
+    "combine",
     "compact",
     "count",
+    "create_mixed_state",
     "extend",
     "frozen",
     "groups",
     "make_delta",
     "make_eval_step",
+    "make_mixed_eval_step",
+    "make_mixed_train_step",
     "make_optimizer",
     "make_train_step",
     "materialize",
+    "recompress",
     "restore_extras",
     "restore_task",
     "save_extras",

@@ -13,6 +13,7 @@ from ftn_jax import save_task
 
 # Doctest collection would import these a second time, under another name.
 collect_ignore = [
+    "banks.py",
     "eight_devices.py",
     "forks.py",
     "formulas",

@@ -52,7 +52,7 @@ def beside_kernel(op: Op) -> Run:
     def forward(x: Any, kernel: Any, factors: Factors) -> tuple[Any, Any]:
         narrow, pull = jax.vjp(lambda x, f: op.narrow(x, kernel.shape, f), x, factors)
         out = op(x, kernel)
-        out = out + _widen(op, narrow, factors.right, out.shape).astype(out.dtype)
+        out = out + widen(op, narrow, factors.right, out.shape).astype(out.dtype)
         return out, (x, kernel, factors.right, narrow, pull)
 
     def backward(kept: Any, out_bar: Any) -> tuple[Any, None, Factors]:
@@ -66,7 +66,7 @@ def beside_kernel(op: Op) -> Run:
     return run
 
 
-def _widen(
+def widen(
     op: Op,
     narrow: Float[Array, "*front g*r"],
     right: Float[Array, "g*o r"],

@@ -49,7 +49,12 @@ class Op(Protocol):
         ...
 
     def narrow(
-        self, x: Float[Array, "..."], kernel: tuple[int, ...], factors: Factors
+        self,
+        x: Float[Array, "..."],
+        kernel: tuple[int, ...],
+        factors: Factors,
+        *,
+        by_taps: bool = False,
     ) -> Float[Array, "*front c"]:
         """Run it with the kernel that `taps` and `left` make: out to rank channels.
 
@@ -57,6 +62,9 @@ class Op(Protocol):
             x: inputs.
             kernel: shape of the whole kernel.
             factors: of the kernel; `right` is not used.
+            by_taps: go over the taps one by one even where `left` spans them: under
+                `jax.vmap` over factors, a convolution would be a grouped one, which
+                is slow.
 
         Returns:
             The narrow map, with `rank` channels for each group.
@@ -89,7 +97,12 @@ class Contraction:
         return lax.dot_general(x, kernel, self.dimension_numbers, **self.options)
 
     def narrow(
-        self, x: Float[Array, "..."], kernel: tuple[int, ...], factors: Factors
+        self,
+        x: Float[Array, "..."],
+        kernel: tuple[int, ...],
+        factors: Factors,
+        *,
+        by_taps: bool = False,
     ) -> Float[Array, "*front r"]:
         """Contract with `left`; without taps, their factor has one row, of ones."""
         (axes, contracted), _ = self.dimension_numbers
@@ -137,17 +150,25 @@ class Convolution:
         )
 
     def narrow(
-        self, x: Float[Array, "n *s i"], kernel: tuple[int, ...], factors: Factors
+        self,
+        x: Float[Array, "n *s i"],
+        kernel: tuple[int, ...],
+        factors: Factors,
+        *,
+        by_taps: bool = False,
     ) -> Float[Array, "n *t g*r"]:
         """Convolve to `rank` channels, or mix the channels and go over the taps.
 
         Depthwise convolutions are slow, in their gradient above all; the taps are
         shifted multiply-adds of a map that has few channels.
         """
-        if factors.taps is None:
-            left = factors.left.reshape(*kernel[:-1], -1).astype(x.dtype)
+        left, window, steps = factors.left, kernel[:-2], self.strides
+        if factors.taps is None and not by_taps:
+            left = left.reshape(*kernel[:-1], -1).astype(x.dtype)
             return self(x, jnp.tile(left, self.groups))
-        window, steps = kernel[:-2], self.strides
+        if factors.taps is None:  # each tap mixes the channels in its own way
+            left = left.reshape(math.prod(window), -1, left.shape[-1])
+            left = left.swapaxes(0, 1).reshape(left.shape[1], -1)
         pads = self._pads(x.shape[1:-1], window)
         if math.prod(window) == 1 and not any(map(any, pads)):
             every = [slice(None, None, s) for s in steps]
@@ -155,7 +176,10 @@ class Convolution:
             pads = [(0, 0)] * len(steps)
         *front, channels = x.shape
         x = x.reshape(*front, self.groups, channels // self.groups)
-        mixed = contract(x, factors.left, [x.ndim - 1], [0], self.options)
+        mixed = contract(x, left, [x.ndim - 1], [0], self.options)
+        if factors.taps is None:  # tap by tap, the groups of channels side by side
+            mixed = mixed.reshape(*front, self.groups, math.prod(window), -1)
+            mixed = mixed.swapaxes(-3, -2)
         mixed = mixed.reshape(*front, -1)
         inside = [
             (lo, hi, d - 1)
@@ -163,8 +187,15 @@ class Convolution:
         ]
         around = [(0, 0, 0), *inside, (0, 0, 0)]
         mixed = lax.pad(mixed, jnp.zeros((), mixed.dtype), around)
+        sizes = window, self.kernel_dilation, steps
+        if factors.taps is None:
+            reach = _reach(mixed.shape[1:-1], *sizes)
+            views = _views(mixed, window, self.kernel_dilation, reach, steps)
+            width = mixed.shape[-1] // len(views)
+            own = [v[..., n * width :][..., :width] for n, v in enumerate(views)]
+            return sum(own[1:], own[0])
         taps = jnp.tile(factors.taps, (1, self.groups)).astype(mixed.dtype)
-        return _shifted_sum(mixed, taps, window, self.kernel_dilation, steps)
+        return _shifted_sum(mixed, taps, *sizes)
 
     def _pads(
         self, sizes: tuple[int, ...], window: tuple[int, ...]
@@ -187,8 +218,7 @@ def _shifted_sum(
     steps: tuple[int, ...],
 ) -> Float[Array, "n *t c"]:
     """Sum the map as each tap sees it, each channel times the tap's weight."""
-    spans = zip(x.shape[1:-1], window, dilation, steps, strict=True)
-    reach = [(n - (k - 1) * d - 1) // s * s + 1 for n, k, d, s in spans]
+    reach = _reach(x.shape[1:-1], window, dilation, steps)
     return _weighed(_views(x, window, dilation, reach, steps), taps)
 
 
@@ -221,6 +251,12 @@ def _shifted_sum_backward(
 
 
 _shifted_sum.defvjp(_shifted_sum_forward, _shifted_sum_backward)
+
+
+def _reach(sizes: Any, window: Any, dilation: Any, steps: Any) -> list[int]:
+    """Return how far each tap's view goes from its first place to its last."""
+    spans = zip(sizes, window, dilation, steps, strict=True)
+    return [(n - (k - 1) * d - 1) // s * s + 1 for n, k, d, s in spans]
 
 
 def _views(
