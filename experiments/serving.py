@@ -134,7 +134,7 @@ def serving_rows(cfg: Config) -> tuple[Runs, dict[str, Any]]:
     merged = {name: materialize(shared, task.delta) for name, task in tasks.items()}
 
     def parts(count: int) -> list[tuple[str, Any]]:
-        return list(zip([*tasks][:count], np.split(images, count), strict=True))
+        return list(zip([*tasks][:count], jnp.split(images, count), strict=True))
 
     rows: Runs = {
         "one merged task": lambda: alone(merged["task0"], model_state, images),
