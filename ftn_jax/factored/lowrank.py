@@ -74,15 +74,15 @@ def widen(
 ) -> Float[Array, "..."]:
     """Take each group's rank channels to its output channels."""
 
-    def widen(narrow: Any, right: Any) -> Float[Array, "n o"]:
+    def one(narrow: Any, right: Any) -> Float[Array, "n o"]:
         return contract(narrow, right, [1], [1], op.options)
 
     places = math.prod(narrow.shape[:-1])
     rows = narrow.reshape(places, op.groups, -1)
     columns = right.reshape(op.groups, -1, right.shape[-1])
     if op.groups > 1:
-        return jax.vmap(widen, (1, 0), 1)(rows, columns).reshape(shape)
-    return widen(rows[:, 0], columns[0]).reshape(shape)
+        return jax.vmap(one, (1, 0), 1)(rows, columns).reshape(shape)
+    return one(rows[:, 0], columns[0]).reshape(shape)
 
 
 def _widen_back(

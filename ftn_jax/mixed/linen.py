@@ -41,22 +41,22 @@ def served() -> Iterator[None]:
     """
     from flax import linen as nn
 
-    servers = {
+    kinds: dict[Any, Callable[..., Any]] = {
         nn.BatchNorm: _batch_norm,
         **dict.fromkeys((nn.Conv, nn.Dense, nn.DenseGeneral), _linear),
         **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _norm),
         **dict.fromkeys((nn.GroupNorm, nn.InstanceNorm), _norm),
     }
+    calls = {kind.__call__.__wrapped__: kind for kind in kinds}
 
     def intercept(run: Run, args: Any, kwargs: Any, context: Any) -> Any:
-        module, method = context.module, context.orig_method.func
-        for kind, serve in servers.items():
-            # A layer's own call, not that of a class made from it (`nn.jit(nn.Conv)`).
-            own = isinstance(module, kind) and method is kind.__call__.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-            if own and module.has_variable("params", PER_EXAMPLE):
-                layer = module.get_variable("params", PER_EXAMPLE)
-                return serve(layer, module, run, args, kwargs)
-        return run(*args, **kwargs)
+        module, kind = context.module, calls.get(context.orig_method.func)
+        # A layer's own call, not that of a class made from it (`nn.jit(nn.Conv)`).
+        own = kind is not None and isinstance(module, kind)
+        if not own or not module.has_variable("params", PER_EXAMPLE):
+            return run(*args, **kwargs)
+        layer = module.get_variable("params", PER_EXAMPLE)
+        return kinds[kind](layer, module, run, args, kwargs)
 
     with nn.intercept_methods(intercept):
         yield
