@@ -66,7 +66,8 @@ def recompress(
         if len(factors) == 1:  # a sum of vectors is one vector
             return [factors[0].sum(axis=1, keepdims=True)]
         if len(factors) == 2:
-            return _truncated(*factors, rank)
+            left, right = factors
+            return _truncated(left, right, rank)
         return _alternating(factors, rank, starts, iterations, seed)
 
     def one(key_path: Any, node: Any) -> Node:
@@ -170,7 +171,7 @@ def _pencil(factors: Sequence[Matrix], rank: int, rng: Any) -> list[Matrix]:
     u, v = (np.linalg.svd(x, full_matrices=False)[0][:, :rank] for x in sides)
     mixtures = rng.normal(size=(len(rest[0]), 2))
     one, two = u.T @ (tensor @ mixtures).transpose(2, 0, 1) @ v
-    terms = u @ np.linalg.eig(one @ np.linalg.pinv(two))[1].real
+    terms = u @ np.real(np.linalg.eig(one @ np.linalg.pinv(two))[1])
     # Each term's partners are the nearest outer product of what is left.
     left = (np.linalg.pinv(terms) @ sides[0]).reshape(rank, len(b), -1)
     p, s, q = np.linalg.svd(left, full_matrices=False)

@@ -89,17 +89,16 @@ def locate(stack: Stack, ids: Int[Array, " b"]) -> tuple[Any, Any]:
 def _layers(
     entries: list[tuple[str, Any, Any]], model_state: Any, slots: Any, dtype: Any
 ) -> dict[str, Layer]:
-    """Gather what the examples have of their own, layer by layer."""
+    """Hand out what the tasks have of their own, layer by layer."""
     parts: dict[str, dict[str, Any]] = {path: {} for path in norm_paths(model_state)}
     leaves: dict[str, list[Any]] = {path: [] for path in parts}
     for path, w, node in entries:
         layer, name = split(path)
         part = parts.setdefault(layer, {})
         leaves.setdefault(layer, []).append((name, w.shape))
-        own = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), node)
         if isinstance(node, ReplaceSlots) and node.ragged:
-            part["sizes"] = own.sizes
-        part[name] = cast(own if name == "kernel" else own.merge(w), dtype)
+            part["sizes"] = node.sizes
+        part[name] = node if name == "kernel" else cast(node.merge(w), dtype)
     record = Record({})
     return {
         path: Layer(

@@ -1,6 +1,7 @@
 """What the examples of a batch have of their own at one layer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -24,16 +25,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's share of the bank, gathered for the examples of a batch.
+    """A layer's share of the bank, and which task each example has.
 
     It lies in the layer's own parameters, so that `nn.jit`, `nn.remat` and
     `jax.checkpoint` treat it as they treat these.
 
     Attributes:
-        kernel: the examples' nodes.
-        bias: the examples' biases.
-        scale: the examples' scales (of norms).
-        sizes: how many of the layer's outputs each example's task has.
+        kernel: the tasks' nodes.
+        bias: the tasks' biases.
+        scale: the tasks' scales (of norms).
+        sizes: how many of the layer's outputs each task has.
         slots: of each example's task, one past the last for none; `None` in a probe,
             which only notes down what is met.
         path: of the layer.
@@ -44,9 +45,9 @@ class Layer:
     """
 
     kernel: Slots | None
-    bias: Float[Array, "b ..."] | None
-    scale: Float[Array, "b ..."] | None
-    sizes: Int[Array, " b"] | None
+    bias: Float[Array, "slots ..."] | None
+    scale: Float[Array, "slots ..."] | None
+    sizes: Int[Array, " slots"] | None
     slots: Int[Array, " b"] | None
     path: str
     leaves: tuple[tuple[str, tuple[int, ...]], ...]
@@ -61,10 +62,10 @@ class Layer:
         Raises:
             ValueError: if the first axis is not the examples'.
         """
-        check_examples(self, x)
+        self.check_examples(x)
         if not isinstance(self.kernel, LowRankSlots):
             assert self.kernel is not None
-            return own_kernel(op, x, self.kernel.merge(kernel))
+            return own_kernel(op, x, self.of_examples(self.kernel.merge(kernel)))
         roles = op.roles(kernel.ndim)
         assert roles is not None
         factors = jax.vmap(lambda node: factors_of(node, kernel.shape, roles))(
@@ -72,23 +73,29 @@ class Layer:
         )
         assert factors is not None  # a probe has seen to it
         out = op(x, kernel)
-        more = low_rank(op, x, kernel.shape, factors, out.shape)
-        return out + more.astype(out.dtype)
+        own = self.of_examples(factors)
+        return out + low_rank(op, x, kernel.shape, own, out.shape).astype(out.dtype)
 
+    def of_examples(self, tree: Any) -> Any:
+        """Gather, for each example, its task's row of arrays by slots.
 
-def check_examples(layer: Layer, x: Float[Array, "b ..."]) -> None:
-    """Check that a layer's input holds the batch's examples along its first axis.
+        As late as can be: what is computed of the rows is computed once a task.
+        """
+        return jax.tree.map(lambda x: x.at[self.slots].get(mode="clip"), tree)
 
-    Raises:
-        ValueError: if it does not.
-    """
-    assert layer.slots is not None
-    if x.shape[:1] != layer.slots.shape:
-        raise ValueError(
-            f"{layer.path}: the layer's input has the shape {x.shape}, expected "
-            f"{len(layer.slots)} examples along the first axis; a network that folds "
-            "other axes into it cannot run a mixed batch"
-        )
+    def check_examples(self, x: Float[Array, "b ..."]) -> None:
+        """Check that the layer's input holds the batch's examples along its first axis.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        assert self.slots is not None
+        if x.shape[:1] != self.slots.shape:
+            raise ValueError(
+                f"{self.path}: the layer's input has the shape {x.shape}, expected "
+                f"{len(self.slots)} examples along the first axis; a network that "
+                "folds other axes into it cannot run a mixed batch"
+            )
 
 
 register(

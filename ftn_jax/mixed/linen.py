@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ftn_jax.factored.hooks import FIELDS
-from ftn_jax.mixed.layer import PER_EXAMPLE, Layer, check_examples
+from ftn_jax.mixed.layer import PER_EXAMPLE, Layer
 from ftn_jax.mixed.norms import affine, along, batch_norm
 
 Run = Callable[..., Any]
@@ -79,8 +79,8 @@ def _linear(layer: Layer, module: Any, run: Run, args: Any, kwargs: Any) -> Any:
     with _changed(module, changes):
         y = run(*args, **kwargs)
     if layer.bias is not None:
-        check_examples(layer, y)
-        y = y + along(layer.bias, y.ndim).astype(y.dtype)
+        layer.check_examples(y)
+        y = y + along(layer.of_examples(layer.bias), y.ndim).astype(y.dtype)
     return y if layer.sizes is None else _hide(layer, y)
 
 
@@ -137,8 +137,8 @@ def _hide(layer: Layer, y: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
 
     Not minus infinity: 0 times that, in a cross-entropy with one-hot targets, is NaN.
     """
-    assert layer.sizes is not None
-    real = jnp.arange(y.shape[-1])[None] < layer.sizes[:, None]
+    sizes = layer.of_examples(layer.sizes)
+    real = jnp.arange(y.shape[-1])[None] < sizes[:, None]
     return jnp.where(along(real, y.ndim), y, no_logit(y.dtype))
 
 

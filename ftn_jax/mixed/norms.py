@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ftn_jax.mixed.layer import Layer, check_examples
+from ftn_jax.mixed.layer import Layer
 
 
 def batch_norm(
@@ -25,7 +25,7 @@ def batch_norm(
         x: its input.
         train: whether it uses the batch's statistics.
     """
-    check_examples(layer, x)
+    layer.check_examples(x)
     old = {n: module.get_variable("batch_stats", n) for n in ("mean", "var")}
     stats = old
     if train:
@@ -36,15 +36,15 @@ def batch_norm(
                 moved = keep * value + (1 - keep) * stats[name]
                 new = jnp.where(present[:, None], moved, value)
                 module.put_variable("batch_stats", name, new)
-    mean, var = (_of_examples(layer, stats[n]) for n in ("mean", "var"))
     scale = own_or_shared(layer, module, "scale")
     bias = own_or_shared(layer, module, "bias")
-    factor = jax.lax.rsqrt(var + module.epsilon)
+    factor = jax.lax.rsqrt(stats["var"] + module.epsilon)
     if scale is not None:
         factor = factor * scale
+    mean, factor = layer.of_examples((stats["mean"], factor))
     y = (x - along(mean, x.ndim)) * along(factor, x.ndim)
     if bias is not None:
-        y = y + along(bias, x.ndim)
+        y = y + along(layer.of_examples(bias), x.ndim)
     given = [a for a in (x, scale, bias) if a is not None]
     return y.astype(module.dtype or jnp.result_type(*given))
 
@@ -53,18 +53,18 @@ def affine(
     layer: Layer, module: Any, y: Float[Array, "b ... c"]
 ) -> Float[Array, "b ... c"]:
     """Scale and shift what a norm without scale and bias made."""
-    check_examples(layer, y)
+    layer.check_examples(y)
     scale = own_or_shared(layer, module, "scale")
     bias = own_or_shared(layer, module, "bias")
     if scale is not None:
-        y = y * along(scale, y.ndim)
+        y = y * along(layer.of_examples(scale), y.ndim)
     if bias is not None:
-        y = y + along(bias, y.ndim)
+        y = y + along(layer.of_examples(bias), y.ndim)
     return y if module.dtype is None else y.astype(module.dtype)
 
 
 def own_or_shared(layer: Layer, module: Any, name: str) -> Float[Array, "_ c"] | None:
-    """Return the examples' own scale or bias, else the backbone's, if there is one."""
+    """Return the tasks' own scale or bias, else the backbone's, if there is one."""
     own = getattr(layer, name)
     if own is not None or not getattr(module, f"use_{name}", name == "scale"):
         return own
@@ -94,7 +94,7 @@ def _by_task(
     if module.use_fast_variance:
         var = jnp.maximum(0.0, mean_of(x * x) - mean * mean)
     else:
-        gap = x - along(_of_examples(layer, mean), x.ndim)
+        gap = x - along(layer.of_examples(mean), x.ndim)
         var = mean_of(gap * gap)
     return {"mean": mean, "var": var}, counts > 0
 
@@ -102,7 +102,3 @@ def _by_task(
 def _sum(layer: Layer, x: Any, slots: int) -> Any:
     assert layer.slots is not None
     return jax.ops.segment_sum(x, layer.slots, slots)  # drops examples of no slot
-
-
-def _of_examples(layer: Layer, x: Any) -> Any:
-    return x.at[layer.slots].get(mode="clip")
