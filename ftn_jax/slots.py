@@ -159,6 +159,12 @@ def encode(room: Slots, node: Node | None, shape: tuple[int, ...]) -> Slots:
         )
     if isinstance(room, ReplaceSlots):
         assert isinstance(node, Replace)
+        if not room.ragged and node.value.shape != room.value.shape:
+            raise ValueError(
+                f"found an array of the shape {node.value.shape}, the bank's are all "
+                f"{room.value.shape} here; build it with room for others (classes), or "
+                "with this task in it"
+            )
         size = node.value.shape[-1] if node.value.ndim else 1
         return room.replace(
             value=_filled(room.value, node.value),

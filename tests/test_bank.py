@@ -167,6 +167,9 @@ def test_tasks_that_do_not_fit_later():
         bank.put("b", small(2, conv=partial(CP.init, rank=3)))
     with pytest.raises(ValueError, match="head/bias: the bank has no nodes here"):
         bank.put("b", small(2, head=BIAS))
+    with pytest.raises(ValueError, match="head/bias: .*all \\(7,\\) here"):
+        even = Bank.of({"a": small(1, head=BIAS)}, shared=SHARED, capacity=2)
+        even.put("b", small(2, head=heads(4)))  # its absent classes would get logits
     with pytest.raises(ValueError, match="conv/kernel: found a LoRA .* holds CP"):
         bank.put("b", small(2, conv=partial(LoRA.init, rank=2)))
     with pytest.raises(ValueError, match="model_state differs .* at \\[batch"):
