@@ -26,6 +26,6 @@ def test_every_way_of_serving_gives_the_same_logits():
     others = ["loop, merged before, 4", "loop, merging, 4", "vmapped merging, 4"]
     for name in others:
         found = np.concatenate([np.asarray(x) for x in rows[name]()])
-        np.testing.assert_allclose(found, mixed, atol=1e-5 * np.abs(mixed).max())
+        np.testing.assert_allclose(found, mixed, atol=1e-4 * np.abs(mixed).max())
     one = np.asarray(rows["one merged task"]())
     assert np.abs(one - mixed).max() > 1e-2 * np.abs(mixed).max()
