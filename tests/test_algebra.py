@@ -11,9 +11,9 @@ from weights import randomized
 
 from ftn_jax import make_delta
 from ftn_jax.algebra import combine
+from ftn_jax.lower_rank import recompress
 from ftn_jax.node import is_node
 from ftn_jax.nodes import CP, DoRA, LoRA, Replace
-from ftn_jax.recompress import recompress
 
 SHARED = {
     "conv": jnp.zeros((3, 3, 6, 8)),
