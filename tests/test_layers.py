@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import ftn_jax
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ftn_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -150,3 +152,8 @@ print(seconds, *sorted({HEAVY!r} & set(sys.modules)))
     ]
     assert {tuple(loaded) for _, *loaded in runs} == {()}
     assert min(float(seconds) for seconds, *_ in runs) < 0.3
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(ftn_jax, name) is not None for name in ftn_jax.__all__)
+    assert callable(ftn_jax.recompress) and not hasattr(ftn_jax, "nonsense")
