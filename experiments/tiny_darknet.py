@@ -59,16 +59,26 @@ LAYERS = Layers(
 
 
 class TinyDarknet(nn.Module):
-    """Tiny Darknet; fully convolutional, any image size from 16 px on."""
+    """Tiny Darknet; fully convolutional, any image size from 16 px on.
+
+    Attributes:
+        num_classes: size of the head.
+        depth: convolutions that features are taken of; logits take all.
+    """
 
     num_classes: int = 1000
+    depth: int = len(WIDTHS)
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w 3"], train: bool = False
-    ) -> Float[Array, "b classes"]:
-        """Return the logits."""
-        for i, width in enumerate(WIDTHS, start=1):
+        self, x: Float[Array, "b h w 3"], train: bool = False, features: bool = False
+    ) -> Any:
+        """Return the logits (b, classes), or each convolution's features by its name.
+
+        Features are those before the pooling.
+        """
+        found = {}
+        for i, width in enumerate(WIDTHS[: self.depth], start=1):
             size = (3, 3) if i in WIDE else (1, 1)
             x = nn.Conv(width, size, use_bias=False, name=f"conv_{i}")(x)
             x = nn.BatchNorm(
@@ -78,9 +88,11 @@ class TinyDarknet(nn.Module):
                 use_fast_variance=False,
                 name=f"bn_{i}",
             )(x)
-            x = nn.leaky_relu(x, 0.1)
+            x = found[f"conv_{i}"] = nn.leaky_relu(x, 0.1)
             if i in POOLED:
                 x = nn.max_pool(x, (2, 2), (2, 2))
+        if features:
+            return found
         return nn.Conv(self.num_classes, (1, 1), name="conv_16")(x).mean(axis=(1, 2))
 
 
