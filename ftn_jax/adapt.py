@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import accumulate
@@ -25,7 +25,7 @@ from ftn_jax.data import (
 from ftn_jax.fit import OnLog, fit
 from ftn_jax.forward import Forward, merged
 from ftn_jax.measure import CLASSIFICATION, Measure
-from ftn_jax.method import Backbone, Method, Stage
+from ftn_jax.method import Backbone, Method
 from ftn_jax.optimizer import Schedule, make_optimizer
 from ftn_jax.parallel import Layout
 from ftn_jax.resume import StateFolder
@@ -111,8 +111,8 @@ class Adaptation:
         self.source, self.transform, self.layout = source, transform, layout
         self.device, self.workers = device, workers
         self._shard = layout.rows(recipe.batch_size) if layout else (0, 1)
-        per_epoch = steps_per_epoch(source, batch_size=recipe.batch_size)
-        self.steps = recipe.epochs * per_epoch
+        self._per_epoch = steps_per_epoch(source, batch_size=recipe.batch_size)
+        self.steps = recipe.epochs * self._per_epoch
         shares = [stage.share for stage in method.stages]
         if min(shares, default=0) <= 0 or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(
@@ -126,13 +126,12 @@ class Adaptation:
                 f"shares of {shares}; train longer or in smaller batches"
             )
         apply = backbone.network(method.classes)
-        self._optimizers, self._steps = [], []
-        for stage, (first, last) in zip(method.stages, self._bounds, strict=True):
-            tx = self._optimizer(stage, last - first, per_epoch)
+        self._steps = []
+        for stage, (first, _) in enumerate(self._bounds):
             make = partial(
                 make_train_step,
                 apply,
-                tx,
+                self._optimizer(stage),
                 loss=measure.loss,
                 penalty=self._penalty(first),
                 forward=forward,
@@ -140,18 +139,27 @@ class Adaptation:
                 compute_dtype=recipe.compute_dtype,
                 accumulate=recipe.accumulate,
             )
-            self._optimizers.append(tx)
             self._steps.append(
                 layout.train_step(make) if layout else jax.jit(make(), donate_argnums=1)
             )
 
-    def _optimizer(self, stage: Stage, steps: int, per_epoch: int) -> Any:
-        recipe = self.recipe
+    def at(self, rates: Mapping[str, float]) -> Self:
+        """Return the same training at other peak rates of the same groups.
+
+        Rates are numbers in the optimizer's state: the two share their compiled steps.
+        """
+        other = copy(self)
+        other.recipe = replace(self.recipe, rates=rates)
+        return other
+
+    def _optimizer(self, stage: int) -> Any:
+        recipe, (first, last) = self.recipe, self._bounds[stage]
+        factor = self.method.stages[stage].rate
         return make_optimizer(
-            {group: stage.rate * rate for group, rate in recipe.rates.items()},
-            steps=steps,
+            {group: factor * rate for group, rate in recipe.rates.items()},
+            steps=last - first,
             schedule=recipe.schedule,
-            warmup_steps=round(recipe.warmup_epochs * per_epoch),
+            warmup_steps=round(recipe.warmup_epochs * self._per_epoch),
             weight_decay={
                 g: decay for g, decay in recipe.weight_decay.items() if decay
             },
@@ -178,7 +186,7 @@ class Adaptation:
         return TaskState.create(
             change(task.delta) if change else task.delta,
             task.model_state,
-            tx=self._optimizers[stage],
+            tx=self._optimizer(stage),
             key=jax.random.fold_in(key, stage) if stage else key,
         )
 

@@ -151,29 +151,30 @@ def sweep(
                         chains[name, seed] = method.after(own, saved.task.delta)
                     continue
                 if not candidates or method.after:
-                    candidates = [
-                        Adaptation(
-                            own,
-                            method,
-                            replace(
-                                recipe,
-                                rates=rates,
-                                weight_decay=decay or recipe.weight_decay,
-                            ),
-                            train,
-                            transform=_of(train_transform, domain),
-                            measure=measure,
-                            forward=forward,
-                            workers=workers,
-                            layout=layout,
-                        )
-                        for rates in _chosen(results, name, domain.name)
+                    rates = (
+                        _chosen(results, name, domain.name)
                         or (
                             (contender.choose_on or choose_on) == "first"
                             and _chosen(results, name, first)
                         )
                         or contender.rates
-                    ]
+                    )
+                    adaptation = Adaptation(
+                        own,
+                        method,
+                        replace(
+                            recipe,
+                            rates=rates[0],
+                            weight_decay=decay or recipe.weight_decay,
+                        ),
+                        train,
+                        transform=_of(train_transform, domain),
+                        measure=measure,
+                        forward=forward,
+                        workers=workers,
+                        layout=layout,
+                    )
+                    candidates = [adaptation.at(each) for each in rates]
                 best = train_best(
                     candidates,
                     seed=seed,
