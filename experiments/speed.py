@@ -3,22 +3,26 @@
     python -m experiments.speed                                   # ResNet-18 at 64 px
     python -m experiments.speed --backbone cifar_resnet20 --image-px 32 --methods all
     python -m experiments.speed --backbone resnet50 --image-px 224 --batch-size 128
+    python -m experiments.speed --backbone clip_vit_b32 --image-px 224 --methods all
 
 Each row is one compiled training step. Rounds are interleaved (every row once, then
 again), so that a machine that slows down slows all of them; times are medians over the
-rounds, ratios are taken within each round against full fine-tuning and against
-BN + head, the floor for any method that trains something in every layer. FLOPs and
-peak temporary memory are the compiler's own counts. FTN and LoRA run twice: through
-`materialize`, and by the factored path, which never forms a kernel's gradient.
+rounds, ratios are taken within each round against full fine-tuning and against the
+floor: training next to nothing where the methods train. On a ResNet that is BN + head,
+on a Vision Transformer the head and the bias of every attention's output: a forward
+pass, and a backward pass down to the first of these without the gradient of any
+kernel. FLOPs and peak temporary memory are the compiler's own counts. FTN and LoRA run
+twice: through `materialize`, and by the factored path, which never forms a kernel's
+gradient.
 
 Writes `speed.json` and `speed.md` under the workdir.
 """
 
 import json
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,18 +31,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftn_jax import TaskState, count, make_delta, make_optimizer, make_train_step
-from ftn_jax.apply import Apply, from_linen
+from ftn_jax.adapt import Recipe
+from ftn_jax.apply import from_linen
 from ftn_jax.atomic import write_atomic
 from ftn_jax.command import launch
 from ftn_jax.factored import factored
 from ftn_jax.forward import Forward, merged
 from ftn_jax.method import Backbone, Method
-from ftn_jax.models import RESNETS
+from ftn_jax.models import RESNETS, VITS
+from ftn_jax.nodes import Replace
 from ftn_jax.presets import METHODS, RESNET
+from ftn_jax.presets.vit import VIT, VIT_LABELS, VIT_METHODS
+from ftn_jax.presets.vit_rules import vit_method
 from ftn_jax.results import describe_device
-from ftn_jax.sizes import backbone_size, stored_size
+from ftn_jax.sizes import backbone_size
+from ftn_jax.step_cost import CompiledStep, interleave
 
+FLOORS = {"resnet": "BN + head", "vit": "head + output biases"}
 GROUPS = ("factors", "masks", "adapters", "weights", "norm", "head")
 RATES: dict[str, float] = {group: 1e-4 for group in GROUPS}
 
@@ -50,7 +59,7 @@ class Config:
     workdir: Path = Path("runs/speed")
     """Folder for speed.json and speed.md."""
     backbone: str = "resnet18"
-    """Name in ftn_jax.models.RESNETS."""
+    """Name in ftn_jax.models.RESNETS or VITS."""
     image_px: int = 64
     """Height and width of the images."""
     batch_size: int = 32
@@ -58,7 +67,7 @@ class Config:
     methods: tuple[str, ...] = ()
     """Names of ftn_jax.presets, or all, beside the fixed rows."""
     ranks: tuple[int, ...] = (1, 10, 50)
-    """Ranks of the FTN and LoRA rows."""
+    """Ranks of a ResNet's FTN and LoRA rows."""
     classes: int = 10
     """Size of the head."""
     rounds: int = 7
@@ -89,26 +98,15 @@ class Candidate(NamedTuple):
     forward: Forward = merged
 
 
-class Compiled(NamedTuple):
-    """A row's step, ready to run."""
-
-    step: Any
-    shared: Any
-    state: TaskState
-    params: int
-    flops: float
-    temp_bytes: int
-
-
 def candidates(cfg: Config) -> dict[str, Candidate]:
-    """List the rows."""
+    """List a ResNet's rows."""
 
     def make(name: str, **options: Any) -> Method:
         return METHODS[name](RESNET, classes=cfg.classes, **options)
 
     rows = {
         "fine-tuning": Candidate(make("fine_tuning")),
-        "BN + head": Candidate(make("bn_head")),
+        FLOORS["resnet"]: Candidate(make("bn_head")),
         "head only": Candidate(make("feature_extractor")),
     }
     for rank in cfg.ranks:
@@ -118,86 +116,61 @@ def candidates(cfg: Config) -> dict[str, Candidate]:
             rows[f"{label} R={rank}, factored"] = Candidate(method, factored)
     taken = {"fine_tuning", "bn_head", "feature_extractor", "ftn", "lora"}
     ranked = {"dora": {"rank": 4}, "factored_adapters": {"rank": 0.5}}
-    for name in METHODS if "all" in cfg.methods else cfg.methods:
-        if name not in METHODS:
-            raise ValueError(f"--methods {name}: unknown, known are {[*METHODS]}")
+    for name in asked(cfg, METHODS):
         if name not in taken:
             label = name.replace("_", " ")
             rows[label] = Candidate(make(name, **ranked.get(name, {})))
     return rows
 
 
-def compile_row(
-    cfg: Config, backbone: Backbone, row: Candidate, batch: dict[str, Any]
-) -> Compiled:
-    """Compile one training step."""
-    method = row.method
-    if method.prepare:
-        backbone = method.prepare(backbone)
-    shared = backbone.shared
-    delta = make_delta(jax.random.key(1), shared, method.rules_for(shared))
-    groups = count(delta).by_group
-    tx = make_optimizer({g: RATES[g] for g in groups}, steps=10_000)
-    state = TaskState.create(delta, backbone.model_state, tx=tx, key=jax.random.key(2))
-    penalty = method.penalty
-    step = make_train_step(
-        backbone.network(cfg.classes),
-        tx,
-        penalty=penalty and (lambda delta, step: penalty(delta, step / 10_000)),
-        forward=row.forward,
-        frozen_stats=method.frozen_stats,
-        compute_dtype=jnp.bfloat16 if cfg.bf16 else None,
-    )
-    compiled = jax.jit(step, donate_argnums=1).lower(shared, state, batch).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return Compiled(
-        compiled,
-        shared,
-        state,
-        stored_size(delta),
-        float((cost or {}).get("flops", float("nan"))),
-        int(memory.temp_size_in_bytes) if memory else 0,
-    )
+def vit_candidates(cfg: Config) -> dict[str, Candidate]:
+    """List a Vision Transformer's rows, at the papers' rank."""
+    biases = {".*/attention/out/bias": partial(Replace.init, group="norm")}
+    rows = {
+        "fine-tuning": Candidate(VIT_METHODS["fine_tuning"](VIT, classes=cfg.classes)),
+        FLOORS["vit"]: Candidate(vit_method(VIT, cfg.classes, None, biases)),
+        "head only": Candidate(VIT_METHODS["linear_probe"](VIT, classes=cfg.classes)),
+    }
+    always = ("ftn_o", "ftn_qv", "lora_qv")
+    for name in dict.fromkeys((*always, *asked(cfg, VIT_METHODS))):
+        label, method = VIT_LABELS[name], VIT_METHODS[name](VIT, classes=cfg.classes)
+        if name.startswith(("ftn", "lora")):
+            rows[f"{label}, materialized"] = Candidate(method)
+            rows[f"{label}, factored"] = Candidate(method, factored)
+        elif name not in ("linear_probe", "fine_tuning"):
+            rows[label] = Candidate(method)
+    return rows
 
 
-def interleave(
-    rows: dict[str, Callable[[], Any]], *, rounds: int
-) -> dict[str, list[float]]:
-    """Time every row once a round, after one round that does not count; seconds."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for n in range(rounds + 1):
-        for name, run in rows.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if n:
-                times[name].append(time.perf_counter() - start)
-    return times
+def asked(cfg: Config, methods: Mapping[str, Any]) -> Sequence[str]:
+    """List the presets that were asked for."""
+    if unknown := sorted({*cfg.methods} - {*methods, "all"}):
+        raise ValueError(f"--methods {unknown[0]}: unknown, known are {[*methods]}")
+    return [*methods] if "all" in cfg.methods else cfg.methods
 
 
-def stepper(compiled: Compiled, batch: dict[str, Any], steps: int) -> Callable[[], Any]:
-    """Return a function that runs some steps; the state goes on from call to call."""
-    state = compiled.state
-
-    def run() -> Any:
-        nonlocal state
-        for _ in range(steps):
-            state, sums = compiled.step(compiled.shared, state, batch)
-        return sums
-
-    return run
+def load(cfg: Config) -> Backbone:
+    """Build the network with random weights."""
+    image = jnp.zeros((1, cfg.image_px, cfg.image_px, 3))
+    if cfg.backbone in VITS:
+        model: Any = VITS[cfg.backbone](cfg.classes, image_px=cfg.image_px)
+        layers = VIT
+    else:
+        model, layers = RESNETS[cfg.backbone](num_classes=cfg.classes), RESNET
+    state = dict(jax.jit(model.init)(jax.random.key(0), image))
+    params = state.pop("params")
+    return Backbone(lambda classes: from_linen(model), params, state, layers)
 
 
 def measure(cfg: Config) -> list[dict[str, Any]]:
     """Compile and time every row."""
-    model = RESNETS[cfg.backbone](num_classes=cfg.classes)
-    image = jnp.zeros((1, cfg.image_px, cfg.image_px, 3))
-    variables = model.init(jax.random.key(0), image)
-
-    def network(classes: int) -> Apply:
-        return from_linen(model)
-
-    backbone = Backbone(
-        network, variables["params"], {"batch_stats": variables["batch_stats"]}, RESNET
+    backbone = load(cfg)
+    of_vit = cfg.backbone in VITS
+    recipe = Recipe(
+        epochs=1,
+        batch_size=cfg.batch_size,
+        rates=RATES,
+        compute_dtype=jnp.bfloat16 if cfg.bf16 else None,
     )
     rng = np.random.default_rng(0)
     size = (cfg.batch_size, cfg.image_px, cfg.image_px, 3)
@@ -205,13 +178,14 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
         "image": jnp.asarray(rng.normal(size=size), jnp.float32),
         "label": jnp.asarray(rng.integers(0, cfg.classes, cfg.batch_size)),
     }
-    rows: dict[str, Compiled] = {}
-    for name, row in candidates(cfg).items():
-        rows[name] = compile_row(cfg, backbone, row, batch)
+    rows: dict[str, CompiledStep] = {}
+    for name, row in (vit_candidates if of_vit else candidates)(cfg).items():
+        rows[name] = CompiledStep(
+            backbone, row.method, recipe, batch, forward=row.forward
+        )
         print(f"compiled {name}", flush=True)
-    runs = {name: stepper(row, batch, cfg.steps) for name, row in rows.items()}
-    times = interleave(runs, rounds=cfg.rounds)
-    full, floor = times["fine-tuning"], times["BN + head"]
+    times = interleave(rows, rounds=cfg.rounds, steps=cfg.steps)
+    full, floor = times["fine-tuning"], times[FLOORS["vit" if of_vit else "resnet"]]
 
     def ratio(own: list[float], base: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(own, base, strict=True))
@@ -221,9 +195,9 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
             "row": name,
             "params": row.params,
             "share_of_backbone": row.params / backbone_size(backbone),
-            "step_ms": 1000 * statistics.median(times[name]) / cfg.steps,
+            "step_ms": 1000 * statistics.median(times[name]),
             "times_fine_tuning": ratio(times[name], full),
-            "times_bn_head": ratio(times[name], floor),
+            "times_floor": ratio(times[name], floor),
             "flops": row.flops,
             "flops_of_fine_tuning": row.flops / rows["fine-tuning"].flops,
             "temp_mib": row.temp_bytes / 2**20,
@@ -235,24 +209,25 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Lay the rows out as a table."""
     lines = [
-        "| row | trained | step, ms | x fine-tuning | x BN + head "
-        "| FLOPs of fine-tuning | temporary, MiB |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| row | trained | step, ms | x fine-tuning | x floor "
+        "| GFLOPs | FLOPs of fine-tuning | temporary, MiB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for r in rows:
         lines.append(
             f"| {r['row']} | {r['share_of_backbone']:.1%} | {r['step_ms']:.1f} "
-            f"| {r['times_fine_tuning']:.2f} | {r['times_bn_head']:.2f} "
-            f"| {r['flops_of_fine_tuning']:.2f} | {r['temp_mib']:.0f} |"
+            f"| {r['times_fine_tuning']:.2f} | {r['times_floor']:.2f} "
+            f"| {r['flops'] / 1e9:.2f} | {r['flops_of_fine_tuning']:.2f} "
+            f"| {r['temp_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """Measure, print and write the table."""
-    if cfg.backbone not in RESNETS:
+    if cfg.backbone not in RESNETS | VITS:
         raise ValueError(
-            f"--backbone {cfg.backbone}: unknown, known are {sorted(RESNETS)}"
+            f"--backbone {cfg.backbone}: unknown, known are {sorted(RESNETS | VITS)}"
         )
     rows = measure(cfg)
     result = {

@@ -1,119 +1,146 @@
-"""What one training step of a method costs: operations as compiled, and seconds."""
+"""What one training step of a method costs: operations, memory and seconds."""
 
+import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from statistics import mean, median
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ftn_jax.adapt import Recipe
+from ftn_jax.atomic import write_atomic
 from ftn_jax.core import make_delta
-from ftn_jax.data import Source, Transform, train_batches
+from ftn_jax.forward import Forward, merged
 from ftn_jax.method import Backbone, Method
 from ftn_jax.optimizer import make_optimizer
-from ftn_jax.results import Row
+from ftn_jax.sizes import stored_size
 from ftn_jax.train import TaskState, make_train_step
+
+_STEPS = 10_000  # of the schedule; a state past them would still train, at rate zero
+
+
+class CompiledStep:
+    """A training step of one method on one batch, compiled; a call runs it once more.
+
+    Attributes:
+        params: what the method trains beside its head, in words of 32 bits.
+        flops: of the compiled program, as XLA counts them; a scan's body counts once.
+        temp_bytes: the program's peak of temporary memory, as the compiler plans it.
+    """
+
+    params: int
+    flops: float
+    temp_bytes: int
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method,
+        recipe: Recipe,
+        batch: Mapping[str, Any],
+        *,
+        forward: Forward = merged,
+    ) -> None:
+        """Compile the step.
+
+        Args:
+            backbone: the frozen network; what the method reads beside it is computed
+                here.
+            method: rules of the delta.
+            recipe: how to train; its rates name the optimizer groups.
+            batch: arrays on the device.
+            forward: how to run the network on `(shared, delta)`.
+        """
+        if method.prepare:
+            backbone = method.prepare(backbone)
+        self._shared, self._batch = backbone.shared, batch
+        tx = make_optimizer(
+            recipe.rates,
+            steps=_STEPS,
+            weight_decay=recipe.weight_decay,
+            adam=recipe.adam,
+            clip_norm=recipe.clip_norm,
+        )
+        key = jax.random.key(0)
+        delta = make_delta(key, backbone.shared, method.rules_for(backbone.shared))
+        self._state = TaskState.create(delta, backbone.model_state, tx=tx, key=key)
+        penalty = method.penalty
+        step = make_train_step(
+            backbone.network(method.classes),
+            tx,
+            penalty=penalty and (lambda delta, step: penalty(delta, step / _STEPS)),
+            forward=forward,
+            frozen_stats=method.frozen_stats,
+            compute_dtype=recipe.compute_dtype,
+            accumulate=recipe.accumulate,
+        )
+        lowered = jax.jit(step, donate_argnums=1).lower(
+            backbone.shared, self._state, batch
+        )
+        self._step = lowered.compile()
+        cost: Any = self._step.cost_analysis() or {}
+        memory = self._step.memory_analysis()
+        self.params = stored_size(delta)
+        self.flops = float(cost.get("flops", math.nan))
+        self.temp_bytes = int(memory.temp_size_in_bytes) if memory else 0
+
+    def __call__(self) -> Any:
+        """Run one step from where the last one ended; return its sums."""
+        self._state, sums = self._step(self._shared, self._state, self._batch)
+        return sums
+
+
+def interleave(
+    rows: Mapping[str, Callable[[], Any]], *, rounds: int, steps: int = 1
+) -> dict[str, list[float]]:
+    """Time every row once a round, so that a slow minute slows all of them.
+
+    Args:
+        rows: what to time; each returns arrays to wait for.
+        rounds: that count; one more comes before them.
+        steps: calls of a row in a round.
+
+    Returns:
+        Seconds of one call, by row and round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for n in range(rounds + 1):
+        for name, run in rows.items():
+            start = time.perf_counter()
+            for _ in range(steps - 1):
+                run()
+            jax.block_until_ready(run())
+            if n:
+                times[name].append((time.perf_counter() - start) / steps)
+    return times
 
 
 class StepCost(NamedTuple):
     """What one training step costs.
 
     Attributes:
-        flops: of the compiled program, as XLA counts them; a scan's body counts once.
-        seconds: median of five steps after compiling; batches are there already.
+        flops: of the compiled program.
+        seconds: median over interleaved rounds after compiling.
     """
 
     flops: float
     seconds: float
 
 
-def measure_step(
-    backbone: Backbone,
-    method: Method,
-    recipe: Recipe,
-    source: Source,
-    *,
-    transform: Transform,
-) -> StepCost:
-    """Compile a method's training step, count its operations, and time it.
+def measured_costs(
+    path: Path, rows: Mapping[str, Callable[[], CompiledStep]], *, rounds: int = 7
+) -> dict[str, StepCost]:
+    """Compile and time every row, or read from `path` what an earlier run measured.
 
-    Args:
-        backbone: the frozen network; what the method reads beside it is computed here.
-        method: rules of the delta.
-        recipe: how to train; its rates name the optimizer groups.
-        source: training examples, of which one batch is used.
-        transform: their augmentation and normalisation.
+    Rows are timed together or not at all: where one is new, all are measured again.
     """
-    if method.prepare:
-        backbone = method.prepare(backbone)
-    tx = make_optimizer(
-        recipe.rates,
-        steps=1000,
-        weight_decay=recipe.weight_decay,
-        adam=recipe.adam,
-        clip_norm=recipe.clip_norm,
-    )
-    key = jax.random.key(0)
-    delta = make_delta(key, backbone.shared, method.rules_for(backbone.shared))
-    state = TaskState.create(delta, backbone.model_state, tx=tx, key=key)
-    batches = train_batches(
-        source, batch_size=recipe.batch_size, transform=transform, seed=0
-    )
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.close()
-    step = make_train_step(
-        backbone.network(method.classes),
-        tx,
-        frozen_stats=method.frozen_stats,
-        compute_dtype=recipe.compute_dtype,
-        accumulate=recipe.accumulate,
-    )
-    lowered = jax.jit(step, donate_argnums=1).lower(backbone.shared, state, batch)
-    compiled = lowered.compile()
-    seconds = []
-    for _ in range(6):  # the first one fills caches
-        start = time.perf_counter()
-        state, sums = compiled(backbone.shared, state, batch)
-        jax.block_until_ready((state, sums))
-        seconds.append(time.perf_counter() - start)
-    analysis: Any = compiled.cost_analysis() or {}
-    return StepCost(float(analysis.get("flops", math.nan)), median(seconds[1:]))
-
-
-def cost_table(
-    rows: Sequence[Row], costs: Mapping[str, StepCost], steps: Mapping[str, int]
-) -> str:
-    """Lay accuracy beside parameters, operations and time, one line for each method.
-
-    Methods that lack a domain are left out. An epoch's seconds are those of its steps,
-    the mean over the domains.
-
-    Args:
-        rows: the results.
-        costs: what a step costs, by method.
-        steps: of an epoch, by domain.
-    """
-    domains = [name for name in steps if any(r.task == name for r in rows)]
-    lines = [
-        "| method | parameters per task | GFLOPs per step | s per epoch | "
-        + " | ".join([*domains, "mean"])
-        + " |",
-        "|---|--:|--:|--:|" + "--:|" * (len(domains) + 1),
-    ]
-    for name, cost in costs.items():
-        own = [r for r in rows if r.method == name]
-        scores = [[100 * r.value for r in own if r.task == d] for d in domains]
-        if not all(scores):
-            continue
-        means = [mean(values) for values in scores]
-        epoch = cost.seconds * mean(steps[d] for d in domains)
-        lines.append(
-            f"| {name} | {own[0].task_params:,} | {cost.flops / 1e9:.2f} | "
-            f"{epoch:.1f} | "
-            + " | ".join(f"{x:.1f}" for x in [*means, mean(means)])
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+    known = json.loads(path.read_bytes()) if path.exists() else {}
+    if {*rows} - {*known}:
+        steps = {name: compile_row() for name, compile_row in rows.items()}
+        times = interleave(steps, rounds=rounds)
+        known |= {name: (steps[name].flops, median(times[name])) for name in rows}
+        write_atomic(path, json.dumps(known, indent=1).encode())
+    return {name: StepCost(*known[name]) for name in rows}

@@ -1,35 +1,48 @@
 """The papers' table and picture: accuracy beside parameters, method by method."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from ftn_jax.results import Results, Row
 
+Columns = Mapping[str, Mapping[str, str]]
+_NO_COLUMNS: Columns = MappingProxyType({})
 
-def report(results: Results) -> None:
-    """Print the table; write `results.md` and `accuracy.png` beside `results.json`."""
+
+def report(results: Results, *, columns: Columns = _NO_COLUMNS) -> None:
+    """Print the table; write `results.md` and `accuracy.png` beside `results.json`.
+
+    Args:
+        results: the rows.
+        columns: see `markdown_table`.
+    """
     workdir = results.path.parent
-    table = markdown_table(results.rows)
+    table = markdown_table(results.rows, columns=columns)
     (workdir / "results.md").write_text(table)
     plot_accuracy(results.rows, workdir / "accuracy.png")
     print(f"\n{table}\ntable, picture and saved tasks: {workdir}")
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_table(rows: Sequence[Row], *, columns: Columns = _NO_COLUMNS) -> str:
     """Lay rows out as the papers do: one line for each method, the smallest first.
 
     Accuracies are in percent, mean and (for more than one seed) standard deviation
     over seeds; the last column is the mean over tasks, for the seeds that have all of
     them. Parameters are the task's factors and norms (or weights), heads and running
     statistics left out, as the papers count them.
+
+    Args:
+        rows: what was measured.
+        columns: more of them, before the tasks': a cell for each method, by heading.
     """
     methods, tasks = _names(rows)
     lines = [
         "| method | params per task | share of backbone | "
-        + " | ".join([*tasks, "mean"])
+        + " | ".join([*columns, *tasks, "mean"])
         + " |",
-        "|---|--:|--:|" + "--:|" * (len(tasks) + 1),
+        "|---|--:|--:|" + "--:|" * (len(columns) + len(tasks) + 1),
     ]
     for method in methods:
         own = [row for row in rows if row.method == method]
@@ -40,10 +53,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
         by_seed = [[r.value for r in own if r.seed == s] for s in {r.seed for r in own}]
         complete = [v for v in by_seed if len(v) == len(tasks)]
         mean = _spread([100 * statistics.mean(values) for values in complete])
+        more = [column.get(method, "–") for column in columns.values()]
         params = own[0].task_params
         lines.append(
             f"| {method} | {params:,} | {params / own[0].shared_params:.1%} | "
-            + " | ".join([*cells, mean])
+            + " | ".join([*more, *cells, mean])
             + " |"
         )
     return "\n".join(lines) + "\n"

@@ -128,7 +128,7 @@ def test_speed_measures_what_it_says(tmp_path, capsys):
     result = json.loads((tmp_path / "speed.json").read_text())
     rows = {r["row"]: r for r in result["rows"]}
     assert rows["fine-tuning"]["times_fine_tuning"] == 1
-    assert rows["BN + head"]["times_bn_head"] == 1
+    assert rows["BN + head"]["times_floor"] == 1
     assert rows["head only"]["flops"] < rows["BN + head"]["flops"]
     assert rows["BN + head"]["flops"] < rows["fine-tuning"]["flops"]
     merged, beside = (rows[f"FTN R=2, {w}"] for w in ("materialized", "factored"))

@@ -22,6 +22,9 @@ VIT = Layers(
 )
 """Our ViTs. Patterns are those of separate blocks, and serve a stack of them too."""
 
+INPUTS_FIRST = "query|key|value"
+"""The kernels (d_model, heads, d_head); `out` has d_model last."""
+
 Initializer = Callable[..., Array]
 LeafRules = Mapping[str, Init | None]
 
