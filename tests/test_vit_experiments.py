@@ -232,6 +232,7 @@ def test_rows_are_timed_together(tmp_path, monkeypatch):
     assert order == ["a", "b", "a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_speed_of_a_vit_has_its_own_floor(tmp_path, monkeypatch):
     module = load("speed")
     small = partial(vit_tiny_cifar, width=48, depth=1)
