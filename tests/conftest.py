@@ -20,6 +20,7 @@ collect_ignore = [
     "golden_tasks.py",
     "job_program.py",
     "kill_program.py",
+    "input_program.py",
     "pictures.py",
     "saved.py",
     "toy.py",
