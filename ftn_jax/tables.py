@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import jax
+
 from ftn_jax.results import Results, Row
 
 Columns = Mapping[str, Mapping[str, str]]
@@ -18,6 +20,8 @@ def report(results: Results, *, columns: Columns = _NO_COLUMNS) -> None:
         results: the rows.
         columns: see `markdown_table`.
     """
+    if jax.process_index() > 0:
+        return
     workdir = results.path.parent
     table = markdown_table(results.rows, columns=columns)
     (workdir / "results.md").write_text(table)

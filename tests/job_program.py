@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from toy import RATES, Net, batch, setup
 
+from experiments import multi_domain
 from ftn_jax import (
     jobs,
     make_eval_step,
@@ -34,6 +36,21 @@ def main(workdir, mesh, steps):
         jax.config.update("jax_num_cpu_devices", int(os.environ.get("DEVICES", "1")))
         jobs.start(heartbeat_s=10)
         _run(Path(workdir), mesh, int(steps))
+
+
+def experiment(workdir, mesh):
+    """A table by two methods, as `python -m experiments.multi_domain` makes it."""
+    with exit_codes():
+        jobs.start(heartbeat_s=10)
+        multi_domain.main(
+            replace(
+                multi_domain.Config.tiny(),
+                workdir=Path(workdir),
+                methods=("ftn", "bn_head"),
+                max_train=64,
+                mesh=None if mesh == "none" else mesh,
+            )
+        )
 
 
 def _run(workdir, mesh, steps):

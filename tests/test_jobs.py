@@ -166,3 +166,26 @@ def test_the_states_of_a_job_open_in_one_process(forks, tmp_path):
     finish(forks, *launch(forks, workdir, "data=1", [{}], steps=STEPS))
     assert "restored" in (workdir / "out0").read_text()
     assert jax.process_count() == 1
+
+
+@pytest.mark.slow
+def test_an_experiment_of_two_processes_gives_the_table_of_one(forks, tmp_path):
+    rows = []
+    for mesh, environments in (("none", [{}]), ("data=2", srun(2))):
+        workdir = tmp_path / mesh
+        workdir.mkdir()
+        outs = [workdir / f"out{n}" for n in range(len(environments))]
+        pids = [
+            forks.start(out, "job_program.experiment", workdir, mesh, **own)
+            for out, own in zip(outs, environments, strict=True)
+        ]
+        finish(forks, pids, outs)
+        rows.append(json.loads((workdir / "results.json").read_text())["rows"])
+        assert len([*workdir.glob("tasks/*/*/*/manifest.json")]) == len(rows[-1]) == 2
+        assert not [*workdir.glob("state/*/*/*")]
+    for one, two in zip(*rows, strict=True):
+        assert (one["method"], one["inputs"]) == (two["method"], two["inputs"])
+        assert two["value"] == pytest.approx(one["value"], abs=0.02)
+        assert two["details"]["test_loss"] == pytest.approx(
+            one["details"]["test_loss"], rel=1e-3
+        )
