@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from forks import Forks
 from saved import DESCRIPTION, backbone, task
 
 from ftn_jax import save_task
@@ -58,6 +59,14 @@ def key() -> jax.Array:
 def folder(tmp_path: Path) -> Path:
     """A saved task, to be damaged."""
     return save_task(tmp_path / "task", task(), shared=backbone(), **DESCRIPTION)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A server that starts processes of the tests' programs."""
+    cache = tmp_path_factory.mktemp("compiled")
+    with Forks(cache, "job_program", "kill_program") as forks:
+        yield forks
 
 
 @pytest.fixture

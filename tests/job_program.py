@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from toy import RATES, Net, batch, setup
 
-from experiments import multi_domain
 from ftn_jax import (
     jobs,
     make_eval_step,
@@ -40,6 +39,8 @@ def main(workdir, mesh, steps):
 
 def experiment(workdir, mesh):
     """A table by two methods, as `python -m experiments.multi_domain` makes it."""
+    from experiments import multi_domain
+
     with exit_codes():
         jobs.start(heartbeat_s=10)
         multi_domain.main(

@@ -1,4 +1,4 @@
-"""A sweep in little, run to be killed: three rows, a state saved after every step."""
+"""A sweep in little, run to be killed: some rows, a state saved after every step."""
 
 import itertools
 from pathlib import Path
@@ -12,19 +12,17 @@ from ftn_jax.fit import fit
 from ftn_jax.results import Results, Row
 from ftn_jax.resume import StateFolder
 
-ROWS, STEPS = 3, 16
-
 
 def batches(start):
     for n in itertools.count(start):
         yield batch(seed=n)
 
 
-def main(workdir):
+def main(workdir, rows, steps):
     workdir = Path(workdir)
     results = Results(workdir, experiment="kill", config={})
     step = None
-    for seed in range(ROWS):
+    for seed in range(int(rows)):
         if results.find("toy", "noise", seed, inputs="same"):
             continue
         shared, state, pure = setup(seed=seed)
@@ -37,7 +35,7 @@ def main(workdir):
             shared,
             state,
             batches,
-            steps=STEPS,
+            steps=int(steps),
             on_log=lambda n, means: print("step", n, flush=True),
             log_every=1,
             save=folder.save,

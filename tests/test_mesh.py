@@ -8,7 +8,9 @@ from experiments import multi_domain
 from ftn_jax.parallel import Layout
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "data=1,model=2"])
+@pytest.mark.parametrize(
+    "mesh", ["data=2", pytest.param("data=1,model=2", marks=pytest.mark.slow)]
+)
 def test_an_experiment_on_two_devices_equals_one(tmp_path, mesh, one_device):
     rows = multi_domain.main(replace(CONFIG, workdir=tmp_path, mesh=mesh)).rows
     for row, expected in zip(rows, one_device, strict=True):
