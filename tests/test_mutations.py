@@ -91,10 +91,10 @@ def with_words(state):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder with two states of a run, and what is in the last."""
+    """A folder with the last state of a run, and what is in it."""
     shared, state, step = setup()
     place = tmp_path_factory.mktemp("states") / "run"
-    folder = StateFolder(place, keep=2)
+    folder = StateFolder(place)
     for n in (1, 2):
         state, _ = jax.jit(step)(shared, state, batch(seed=n))
         folder.save(state, progress={"seconds": 1.5 * n})
@@ -105,13 +105,13 @@ def saved(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_mutated_training_state_is_refused_or_right(saved, tmp_path, unawaited):
     place, last = saved
-    rng, refused, older = random.Random(2), 0, 0
+    rng, refused, gone = random.Random(2), 0, 0
     _, fresh, _ = setup()
     before = StateFolder(place)
     copy = tmp_path / "copy"
     for _ in range(ROUNDS):
         done = damaged(rng, place, copy)
-        folder = StateFolder(copy, keep=2)
+        folder = StateFolder(copy)
         try:
             found = folder.restore_with_progress(fresh)
         except StateFileError as error:
@@ -120,12 +120,12 @@ def test_a_mutated_training_state_is_refused_or_right(saved, tmp_path, unawaited
             continue
         finally:
             folder.close()
-        if found is None or int(found[0].step) == 1:
-            older += 1  # a state went missing as a whole: an earlier start is right
+        if found is None:
+            gone += 1  # as a whole: the run starts anew, which is right
             continue
         assert same(found[0], last), done
         assert found[1] == {"seconds": 3.0}, done
-    assert refused > ROUNDS * 0.2 and refused + older < ROUNDS
+    assert refused > ROUNDS * 0.1 and refused + gone < ROUNDS
     assert same(before.restore(fresh), last)  # the copies were hit, not this
     assert not same(fresh, last)
 
