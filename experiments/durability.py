@@ -100,11 +100,13 @@ def fingerprints(cfg: Config) -> dict[str, float]:
         for n in range(count)
     }
     size = sum(x.size for x in tree.values()) / 10**6
-    return {
+    result = {
         "million_parameters": size,
         "seconds": seconds(lambda: fingerprint(tree)),
         "seconds_format_2": seconds(lambda: fingerprint(tree, format_version=2)),
     }
+    print(result, flush=True)
+    return result
 
 
 def training(cfg: Config, name: str, place: Path, **options: Any) -> dict[str, Any]:
@@ -167,6 +169,7 @@ def training(cfg: Config, name: str, place: Path, **options: Any) -> dict[str, A
         "restore_task_ms": 1000 * seconds(lambda: restore_task(saved, shared).task),
     }
     folder.close()
+    print(result, flush=True)
     return result
 
 
