@@ -45,7 +45,7 @@ def moment(rng, kind, out, workdir):
 
 @pytest.mark.parametrize(
     ("kills", "rows_wanted", "steps"),
-    [(4, 2, 6), pytest.param(40, 3, 16, marks=pytest.mark.slow)],
+    [(4, 2, 12), pytest.param(40, 3, 40, marks=pytest.mark.slow)],
 )
 def test_killed_runs_end_like_a_whole_one(forks, tmp_path, kills, rows_wanted, steps):
     rng, workdir, out = random.Random(kills), tmp_path / "run", tmp_path / "out"
@@ -70,7 +70,7 @@ def test_killed_runs_end_like_a_whole_one(forks, tmp_path, kills, rows_wanted, s
             now = json.loads((workdir / "results.json").read_text())["rows"]
             assert now[: len(rows)] == rows  # no finished row is lost
             rows = now
-    assert done >= min(kills, 20) and during_save
+    assert done >= kills // 2 and during_save
     forks.run(out, "kill_program.main", workdir, *sizes)
     assert outcome(workdir) == whole
     assert not [*workdir.glob("state/*")]
