@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from ftn_jax import task_edit
+from ftn_jax.algebra import combine
 from ftn_jax.checkpoint import restore_task, save_task
 from ftn_jax.export import (
     Naming,
@@ -27,6 +28,7 @@ from ftn_jax.export import (
     write_checkpoint,
 )
 from ftn_jax.extras import restore_extras
+from ftn_jax.lower_rank import recompress
 from ftn_jax.task_parts import BareTask, read_bare, write_bare
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -161,11 +163,11 @@ class Sum:
     take: int = 0
     """Which task (from 0) gives what cannot be added: replaced leaves (norms, head),
     running statistics, class names, preprocessing."""
+    rank: int | None = None
+    """Bring the sum's updates down to this rank; default: the ranks add up."""
 
     def run(self) -> int:
         """Write the sum."""
-        from ftn_jax.algebra import combine  # pyright: ignore[reportMissingImports]
-
         tasks = [read_bare(path) for path in self.tasks]
         weights = self.weights or (1.0,) * len(tasks)
         if len(weights) != len(tasks) or not 0 <= self.take < len(tasks):
@@ -195,6 +197,10 @@ class Sum:
             "shared": shared,
         }
         nodes = {path: node for path, node in nodes.items() if node is not None}
+        if self.rank is not None:
+            nodes, errors = recompress(nodes, self.rank)
+            for path, error in errors.items():
+                print(f"{path}: {error:.2%} of the update lost")
         write_bare(self.out, BareTask(nodes, chosen.model_state, manifest))
         print(f"wrote {self.out}: {manifest['name']}, {len(nodes)} nodes")
         return 0

@@ -148,8 +148,7 @@ def test_diff(place, capsys):
     assert "model_state batch_stats/" in told
 
 
-def test_sum_adds_updates(place, tmp_path):
-    pytest.importorskip("ftn_jax.algebra")
+def test_sum_adds_updates(place, tmp_path, capsys):
     out = tmp_path / "sum"
     both = (place / "one", place / "two")
     code = run("sum", *both, "--out", out, "--weights", 0.5, -2, "--take", 1)
@@ -163,6 +162,10 @@ def test_sum_adds_updates(place, tmp_path):
     assert np.abs(expected - w).max() > 1e-2
     chex.assert_trees_all_equal(total.model_state, two.model_state)
     assert run("sum", *both, "--out", out, "--weights", 1) == 2
+    assert run("sum", *both, "--out", out, "--rank", 1) == 0
+    assert "of the update lost" in capsys.readouterr().out
+    low = restore_task(out, shared).task.delta["layer2_0"]["conv1"]["kernel"]
+    assert low.rank == 1 < total.delta["layer2_0"]["conv1"]["kernel"].rank == 4
 
 
 def test_prune(place, tmp_path, capsys):
