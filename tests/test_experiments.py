@@ -40,7 +40,11 @@ def run_cli(*args, **options):
     )
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize(
+    "name",
+    # Several decoders to compile; edges has the same parts.
+    [pytest.param(n, marks=pytest.mark.slow) if n == "nyud" else n for n in TRAINING],
+)
 def test_tiny_run_writes_everything_and_is_not_repeated(name, tmp_path, monkeypatch):
     module = load(name)
     cfg = replace(module.Config.tiny(), workdir=tmp_path)
