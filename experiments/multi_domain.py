@@ -54,6 +54,7 @@ from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.presets.budget import KNOBS, fit_to, planned_groups
 from ftn_jax.pretrained import load_resnet
 from ftn_jax.results import Results
+from ftn_jax.selection import Select
 from ftn_jax.sweep import ChooseOn, Contender, sweep
 from ftn_jax.tables import report
 
@@ -155,6 +156,10 @@ class Config:
     choose_fine_tuning_on: ChooseOn | None = None
     """The same for rates of whole weights, which differ more from domain to domain;
     default: as choose_on."""
+    select: Select = "last"
+    """Which epoch of a run counts: the last, the best on held-out training images, or,
+    as the code that the papers compare with does, the best on test images: that one
+    flatters, and is for comparison with printed numbers alone."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 32
@@ -353,6 +358,10 @@ def fill(
             "inits",
             "seeds",
             "mesh",
+            "placements",
+            "dropouts",
+            "svd_ranks",
+            "check",
         ),
     )
     sweep(
@@ -373,6 +382,7 @@ def fill(
         validation=cfg.validation,
         choose_on=cfg.choose_on,
         layout=Layout.for_run(cfg.mesh, local_batch_norm=cfg.local_batch_norm),
+        select=cfg.select,
         workdir=cfg.workdir,
     )
     return results

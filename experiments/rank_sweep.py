@@ -35,7 +35,6 @@ from ftn_jax.factored import factored
 from ftn_jax.fit import NonFiniteLoss, fit
 from ftn_jax.forward import merged
 from ftn_jax.method import Backbone
-from ftn_jax.plots import plot_rank
 from ftn_jax.presets import ftn
 from ftn_jax.results import Results
 from ftn_jax.resume import StateFolder
@@ -129,7 +128,6 @@ def main(cfg: Config) -> Results:
             results.add(row)
         states(cfg, domain).clear()
     report(results)
-    plot_rank(results.rows, cfg.workdir / "ranks.png")
     return results
 
 

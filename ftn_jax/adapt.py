@@ -29,6 +29,7 @@ from ftn_jax.method import Backbone, Method
 from ftn_jax.optimizer import Schedule, make_optimizer
 from ftn_jax.parallel import Layout
 from ftn_jax.resume import StateFolder
+from ftn_jax.selection import Best
 from ftn_jax.train import (
     Penalty,
     Task,
@@ -197,6 +198,7 @@ class Adaptation:
         folder: StateFolder | None = None,
         keep: bool = False,
         task: Task | None = None,
+        best: Best | None = None,
         on_log: OnLog | None = None,
     ) -> TaskState:
         """Train; go on from `folder`'s last state where there is one.
@@ -206,6 +208,8 @@ class Adaptation:
             folder: keeps the state, so that the run can be interrupted.
             keep: also write the finished state there.
             task: where to start, instead of the method's rules and init.
+            best: looks at the state after every epoch of the last stage, and says
+                which is returned; without it that is the last.
             on_log: called with the step and the means since the last call.
 
         Raises:
@@ -218,6 +222,9 @@ class Adaptation:
         for stage, (first, last) in enumerate(self._bounds):
             if stage:
                 state = self._begin(seed, stage, state.task)
+            watching = best if last == self.steps else None
+            if watching:
+                watching.resume(state)
             if layout:
                 state = layout.place(state)
             place = folder and (folder if not stage else folder.of(f"stage{stage}"))
@@ -225,23 +232,33 @@ class Adaptation:
                 state,
                 None,
             )
-            state = fit(
-                self._steps[stage],
-                shared,
-                state,
-                lambda start, first=first: self._batches(seed, first + start),
-                steps=last - first,
-                on_log=_shifted(on_log, first),
-                save=place.save if place else None,
-                progress=progress,
-            )
-            if place and (keep or stage + 1 < len(self._bounds)):
-                place.save(state)  # the next stage starts here
+            for end in self._ends(first + int(state.step), last, each=bool(watching)):
+                state = fit(
+                    self._steps[stage],
+                    shared,
+                    state,
+                    lambda start, first=first: self._batches(seed, first + start),
+                    steps=end - first,
+                    on_log=_shifted(on_log, first),
+                    save=place.save if place else None,
+                    progress=progress,
+                )
+                progress = None
+                if place and (keep or end < self.steps):
+                    place.save(state)  # the next epoch or stage starts here
+                if watching:
+                    watching.see(layout.collect(state) if layout else state)
             if place:
                 place.close()
             if layout:
                 state = layout.collect(state)
-        return state
+        return best.close() if best else state
+
+    def _ends(self, done: int, last: int, *, each: bool) -> list[int]:
+        """List where to stop: the last step, or each epoch's, one just reached too."""
+        epoch = steps_per_epoch(self.source, batch_size=self.recipe.batch_size)
+        first = -(-max(done, 1) // epoch) * epoch
+        return [*range(first, last, epoch), last] if each else [last]
 
     def _batches(self, seed: int, start_step: int) -> Any:
         stream = train_batches(

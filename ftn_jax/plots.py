@@ -10,9 +10,9 @@ from ftn_jax.results import Row
 def plot_rank(
     rows: Sequence[Row], path: str | Path, *, lines: Sequence[str] = ()
 ) -> None:
-    """Draw accuracy against rank, one line for each task and one for their mean.
+    """Draw accuracy against rank, a line for each task and one for their mean.
 
-    Bars are a task's standard deviation over seeds, where there are several.
+    Bars are standard deviations over seeds.
 
     Args:
         rows: of an experiment; those with a `"rank"` among their details are drawn.
@@ -35,45 +35,45 @@ def plot_rank(
         )
     tasks = list(dict.fromkeys(row.task for row in ranked))
     ranks = sorted({row.details["rank"] for row in ranked})
-
-    def mean(found: Sequence[Row]) -> float:
-        """Average over seeds, then over tasks."""
-        of_task = {
-            row.task: [100 * r.value for r in found if r.task == row.task]
-            for row in found
-        }
-        return statistics.mean(statistics.mean(values) for values in of_task.values())
-
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for label in [*tasks, "mean"]:
-        whole = label == "mean"
-        wanted = {*tasks} if whole else {label}
+    for label in [*tasks, "mean"] if len(tasks) > 1 else tasks:
+        mean = label == "mean"
         points = []
         for rank in ranks:
-            found = [
-                r for r in ranked if r.details["rank"] == rank and r.task in wanted
-            ]
-            if {r.task for r in found} == wanted:
-                values = [100 * r.value for r in found]
-                bar = 0.0 if whole or len(values) < 2 else statistics.stdev(values)
-                points.append((rank, mean(found), bar))
-        style = "k*-" if whole else "o-"
+            of_rank = [r for r in ranked if r.details["rank"] == rank]
+            values = _by_seed(of_rank, tasks if mean else [label])
+            if values:
+                std = statistics.stdev(values) if len(values) > 1 else 0.0
+                points.append((rank, statistics.mean(values), std))
         if points:
+            x, y, error = zip(*points, strict=True)
             axes.errorbar(
-                *zip(*points, strict=True),
-                fmt=style,
-                capsize=0 if whole else 3,
-                alpha=1.0 if whole else 0.45,
-                label=f"{label} over the tasks" if whole else label,
+                *(x, y, error),
+                fmt="k*-" if mean else "o-",
+                capsize=3,
+                alpha=1.0 if mean else 0.45,
+                label="mean over the tasks" if mean else label,
             )
     for name, dash in zip(lines, ("--", ":", "-.") * len(lines), strict=False):
-        found = [row for row in rows if row.method == name]
-        if {row.task for row in found} >= {*tasks}:
-            axes.axhline(mean(found), color="k", ls=dash, label=f"{name}, mean")
-    axes.set(xlabel="rank", ylabel="test accuracy, %", xscale="log", xticks=ranks)
-    axes.set_xticks([], minor=True)
-    axes.set_xticklabels([str(rank) for rank in ranks])
+        values = _by_seed([row for row in rows if row.method == name], tasks)
+        if values:
+            height = statistics.mean(values)
+            axes.axhline(height, color="k", ls=dash, label=f"{name}, mean")
+    axes.set(xscale="log", xlabel="rank", ylabel="test accuracy, %")
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
+    figure.legend(loc="outside center right", fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _by_seed(rows: Sequence[Row], tasks: Sequence[str]) -> list[float]:
+    """Average over tasks, in percent, for every seed that has all of them."""
+    found = {(row.seed, row.task): 100 * row.value for row in rows}
+    seeds = sorted({seed for seed, _ in found})
+    return [
+        statistics.mean(found[seed, task] for task in tasks)
+        for seed in seeds
+        if all((seed, task) in found for task in tasks)
+    ]

@@ -12,12 +12,13 @@ import jax
 
 from ftn_jax.adapt import Adaptation, Evaluator, Recipe
 from ftn_jax.checkpoint import fingerprint, restore_task
-from ftn_jax.data import Domain, Transform, describe, digest, split
+from ftn_jax.data import Domain, Source, Transform, describe, digest, split
 from ftn_jax.forward import Forward, merged
 from ftn_jax.measure import CLASSIFICATION, Measure
 from ftn_jax.method import Backbone, Method
 from ftn_jax.parallel import Layout
 from ftn_jax.results import Results
+from ftn_jax.selection import Select
 from ftn_jax.trial import finish, short_hash, train_best
 
 ChooseOn = Literal["each", "first"]
@@ -55,6 +56,7 @@ def sweep(
     seeds: Sequence[int] = (0,),
     validation: float = 0.1,
     choose_on: ChooseOn = "each",
+    select: Select = "last",
     measures: Mapping[str, Measure] = {},
     eval_batch_size: int = 256,
     forward: Forward = merged,
@@ -80,9 +82,11 @@ def sweep(
             for each by its name.
         eval_transform: the same without randomness; saved with each task.
         seeds: of init, data order and augmentation.
-        validation: share of the training data that is held out; 0 for none.
+        validation: share of the training data that is held out where a domain has no
+            validation data of its own; 0 for none.
         choose_on: where validation data chooses among a contender's rates: on
             `"each"` domain, or on the `"first"` for all of them.
+        select: which epoch of a run counts; see `Select`.
         measures: what a domain is trained on and judged by, by its name, where that
             is not classification; the domain's class names then are those of the
             network's outputs.
@@ -98,12 +102,20 @@ def sweep(
             down, or `results` holds a row of another backbone or of other data.
         NonFiniteLoss: if no candidate of a row trains to the end.
     """
+    parts = {domain.name: hold_out(domain, validation) for domain in domains}
+    blind = [name for name, (_, held_out) in parts.items() if not held_out]
     for name, contender in contenders.items():
-        if len(contender.rates) > 1 and not validation:
+        if len(contender.rates) > 1 and blind:
             raise ValueError(
                 f"{name} has {len(contender.rates)} candidate rates; choosing needs "
-                "validation data: set the validation share above 0"
+                f"validation data, which {blind[0]} lacks: set the validation share "
+                "above 0"
             )
+    if select == "best_on_validation" and blind:
+        raise ValueError(
+            f"{blind[0]} has no validation data to select an epoch by: set the "
+            "validation share above 0"
+        )
     _check_folders([d.name for d in domains] + [r.task for r in results.rows])
     _check_folders([*contenders, *(r.method for r in results.rows)])
     # Complains before, not after training.
@@ -124,9 +136,8 @@ def sweep(
             workers=workers,
             layout=layout,
         )
-        train, held_out = domain.train, None
-        if validation:
-            train, held_out = split(domain.train, validation, seed=0)
+        train, held_out = parts[domain.name]
+        selected = {"best_on_validation": held_out, "best_on_test": domain.test}
         for name, contender in contenders.items():
             method, decay = contender.method(domain.num_classes), contender.weight_decay
             decay = decay(domain.name) if callable(decay) else decay
@@ -181,6 +192,7 @@ def sweep(
                     title=f"{domain.name} / {name} / seed {seed}",
                     evaluator=evaluator.on(own.shared),
                     held_out=held_out,
+                    select_on=selected.get(select),
                     folder=workdir / "state" / place / inputs,
                 )
                 row, delta = finish(
@@ -196,6 +208,7 @@ def sweep(
                     details={
                         **contender.details,
                         "candidates": len(candidates),
+                        "select": select,
                         "train_examples": len(train),
                         "test_examples": len(domain.test),
                     },
@@ -212,6 +225,26 @@ def sweep(
                     )
                 # Later seeds train with what validation chose for the first.
                 candidates = [c for c in candidates if c.recipe.rates == best.rates]
+
+
+class HeldOut(NamedTuple):
+    """What to train on, and what chooses: neither of them test data."""
+
+    train: Source
+    held_out: Source | None
+
+
+def hold_out(domain: Domain, share: float) -> HeldOut:
+    """Take a domain's validation data or, where it has none, a share of the training's.
+
+    The Decathlon withholds its test labels: validation data that stands in for test
+    data chooses nothing.
+    """
+    if domain.validation is not None and domain.validation is not domain.test:
+        return HeldOut(domain.train, domain.validation)
+    if not share:
+        return HeldOut(domain.train, None)
+    return HeldOut(*split(domain.train, share, seed=0))
 
 
 def _of(transform: Transform | Mapping[str, Transform], domain: Domain) -> Transform:

@@ -7,14 +7,21 @@ from types import MappingProxyType
 
 import jax
 
+from ftn_jax.comparison import comparison_table
+from ftn_jax.plots import plot_rank
 from ftn_jax.results import Results, Row
 
 Columns = Mapping[str, Mapping[str, str]]
 _NO_COLUMNS: Columns = MappingProxyType({})
+LINES = ("fine-tuning", "BN + head", "feature extractor")
+"""Methods that are drawn across the picture of ranks."""
 
 
 def report(results: Results, *, columns: Columns = _NO_COLUMNS) -> None:
-    """Print the table; write `results.md` and `accuracy.png` beside `results.json`.
+    """Print the table; write it, pictures and comparisons beside `results.json`.
+
+    `results.md` and `accuracy.png` always; `rank.png` where several ranks are there;
+    `comparison.md`, paired tests with the largest method, where several tasks are.
 
     Args:
         results: the rows.
@@ -22,10 +29,17 @@ def report(results: Results, *, columns: Columns = _NO_COLUMNS) -> None:
     """
     if jax.process_index() > 0:
         return
-    workdir = results.path.parent
-    table = markdown_table(results.rows, columns=columns)
+    workdir, rows = results.path.parent, results.rows
+    table = markdown_table(rows, columns=columns)
     (workdir / "results.md").write_text(table)
-    plot_accuracy(results.rows, workdir / "accuracy.png")
+    plot_accuracy(rows, workdir / "accuracy.png")
+    methods, tasks = _names(rows)
+    if len({r.details.get("rank") for r in rows} - {None}) > 1:
+        known = [m for m in LINES if m in methods]
+        plot_rank(rows, workdir / "rank.png", lines=known)
+    if len(tasks) > 1 and len(methods) > 1:
+        text = comparison_table(rows, methods[-1])
+        (workdir / "comparison.md").write_text(text)
     print(f"\n{table}\ntable, picture and saved tasks: {workdir}")
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ftn_jax.fit import NonFiniteLoss
 from ftn_jax.method import Backbone
 from ftn_jax.results import Row
 from ftn_jax.resume import StateFolder
+from ftn_jax.selection import Best
 from ftn_jax.sizes import backbone_size, stored_size
 from ftn_jax.train import Task
 
@@ -30,6 +32,7 @@ class Trained(NamedTuple):
     validation: dict[str, Any] | None
     seconds: float
     steps: int
+    selected_step: int | None = None
 
 
 def train_best(
@@ -39,9 +42,14 @@ def train_best(
     title: str,
     evaluator: Evaluator,
     held_out: Source | None,
+    select_on: Source | None = None,
     folder: Path,
 ) -> Trained:
-    """Train every candidate; keep the one that does best on the held-out data."""
+    """Train every candidate; keep the one that does best on the held-out data.
+
+    Of each candidate the last state counts or, with `select_on`, the epoch that does
+    best there.
+    """
     best: Trained | None = None
     failure: NonFiniteLoss | None = None
     for adaptation in candidates:
@@ -57,7 +65,11 @@ def train_best(
             ) as on_log:
                 # If a later candidate is interrupted, this one is done.
                 state = adaptation.run(
-                    seed, folder=states, keep=len(candidates) > 1, on_log=on_log
+                    seed,
+                    folder=states,
+                    keep=len(candidates) > 1,
+                    best=_judge(evaluator, select_on, states.of("best")),
+                    on_log=on_log,
                 )
         except NonFiniteLoss as error:
             failure = error
@@ -70,11 +82,27 @@ def train_best(
             and best.validation
             and evaluator.measure.better(validation, best.validation)
         ):
-            best = Trained(state.task, rates, validation, seconds, adaptation.steps)
+            best = Trained(
+                state.task,
+                rates,
+                validation,
+                seconds,
+                adaptation.steps,
+                int(state.step) if select_on else None,
+            )
     if best is None:
         assert failure is not None
         raise failure
     return best
+
+
+def _judge(
+    evaluator: Evaluator, source: Source | None, folder: StateFolder
+) -> Best | None:
+    if source is None:
+        return None
+    score = partial(evaluator.score, source=source)
+    return Best(score, evaluator.measure.better, folder)
 
 
 def finish(
@@ -124,6 +152,7 @@ def finish(
         | {
             "rates": best.rates,
             "validation": best.validation,
+            "selected_step": best.selected_step,
             **{f"test_{name}": value for name, value in test.items() if name != metric},
             "stored_bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         },
