@@ -63,7 +63,7 @@ def plot_rank(
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside center right", fontsize="small")
+    figure.legend(loc="outside center right", fontsize="small")  # pyright: ignore[reportArgumentType]
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -122,7 +122,7 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path) -> None:
         title="stars: mean over the tasks",
     )
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside center right", fontsize="small")
+    figure.legend(loc="outside center right", fontsize="small")  # pyright: ignore[reportArgumentType]
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
