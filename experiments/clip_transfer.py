@@ -4,7 +4,8 @@
 
 The weights are a file or a hub name, in any layout that `ftn_jax.pretrained` reads
 (OpenAI, Hugging Face, timm). DIR holds the domains (cifar10, cifar100, dtd, fer2013,
-stl10), one `.npz` file or image folder for each, see `experiments.multi_domain`.
+stl10): for each a `.npz` file or an image folder, see `experiments.multi_domain`, or
+`fer2013.csv` as published.
 
 The defaults are the papers': 224 px without augmentation, batches of 64, 100 epochs,
 R = 4, SGD with momentum (they do not name the optimizer). Every method has one learning

@@ -53,6 +53,12 @@ def files(tmp_path_factory):
                 pixels = rng.integers(0, 255, (16, 14, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
     np.savez(root / "data" / "cifar10.npz", **arrays)
+    lines = ["emotion,pixels,Usage"]
+    for usage in ("Training", "PublicTest", "PrivateTest"):
+        for n in range(14):
+            pixels = " ".join(map(str, rng.integers(0, 255, 48 * 48)))
+            lines.append(f"{n % 7},{pixels},{usage}")
+    (root / "data" / "fer2013.csv").write_text("\n".join(lines))
     for name, n in CLASSES.items():
         rows = rng.normal(size=(n, 7)).astype(np.float32)
         np.savez(root / "embeddings" / f"{name}.npz", embeddings=rows)
@@ -83,6 +89,7 @@ def test_the_full_table_from_files(files, module, tmp_path, capsys):
     cfg = config(
         files,
         tmp_path,
+        domains=("cifar10", "dtd"),
         methods=("ftn_o",),
         embeddings=files / "embeddings",
         feature_norm=True,
@@ -135,6 +142,17 @@ def test_a_head_that_does_not_move_is_the_zero_shot_classifier(files, module, tm
     ).argmax(1)
     assert row.value == pytest.approx((chosen == found["y_test"]).mean())
     assert len({*chosen.tolist()}) == 3
+
+
+def test_domains_are_found_in_every_form(files, module, tmp_path):
+    domains = {d.name: d for d in module.load_domains(config(files, tmp_path))}
+    assert {k: d.num_classes for k, d in domains.items()} == {
+        "cifar10": 3,
+        "dtd": 2,
+        "fer2013": 7,
+    }
+    few = module.load_domains(config(files, tmp_path, shots=1))
+    assert [len(d.train) for d in few] == [3, 2, 7]
 
 
 def test_what_is_missing_is_named(files, module, tmp_path):

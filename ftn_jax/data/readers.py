@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 
 from ftn_jax.data.domain import ArraySource, Domain, split
+from ftn_jax.data.fer2013 import FILES, load_fer2013
 from ftn_jax.data.folders import load_folder
 
 _LOG = logging.getLogger(__name__)
@@ -86,8 +87,10 @@ def load_digits() -> Domain:
 
 
 def load_domain(path: str | Path) -> Domain:
-    """Read a domain from a folder of images or an `.npz` file."""
+    """Read a domain from a folder of images, an `.npz` file or FER2013's table."""
     path = Path(path)
+    if path.name in FILES:
+        return load_fer2013(path)
     return load_folder(path) if path.is_dir() else load_npz(path)
 
 
@@ -95,6 +98,8 @@ def find_domains(
     data_dir: str | Path, names: Iterable[str] | None = None
 ) -> dict[str, Path]:
     """Find the domains in a folder: `.npz` files and folders that hold `train/`.
+
+    FER2013's `fer2013.csv` is one too.
 
     Files of other arrays are passed over, unreadable ones with a warning.
 
@@ -144,6 +149,8 @@ def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
 def _is_domain(path: Path) -> bool:
     if path.is_dir():
         return (path / "train").is_dir()
+    if path.name in FILES:
+        return True
     if path.suffix != ".npz":
         return False
     try:
