@@ -37,7 +37,7 @@ class Apply(Protocol):
 def from_linen(
     model: Any,
     *,
-    inputs: str = "image",
+    inputs: str | Sequence[str] = "image",
     train_options: Mapping[str, Any] | None = None,
     eval_options: Mapping[str, Any] | None = None,
     rngs: Sequence[str] = ("dropout",),
@@ -47,7 +47,7 @@ def from_linen(
     Args:
         model: the module; `model_state` holds its mutable collections by name, for
             example `{"batch_stats": ...}`.
-        inputs: the batch's entry that the module is called with.
+        inputs: the batch's entry that the module is called with, or several in order.
         train_options: keyword arguments of its call in training, by default
             `train=True`; other models may want `deterministic=False` or nothing.
         eval_options: keyword arguments otherwise, by default `train=False`.
@@ -57,6 +57,7 @@ def from_linen(
         True: dict(train_options if train_options is not None else {"train": True}),
         False: dict(eval_options if eval_options is not None else {"train": False}),
     }
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
 
     def apply(
         params: Any,
@@ -67,14 +68,15 @@ def from_linen(
         key: Key[Array, ""] | None = None,
     ) -> tuple[Any, Any]:
         variables = {"params": params, **model_state}
+        given = [batch[name] for name in names]
         if not train:
-            return model.apply(variables, batch[inputs], **options[False]), model_state
+            return model.apply(variables, *given, **options[False]), model_state
         streams = {}
         if key is not None:
             streams = {name: fold_in_name(key, name) for name in rngs}
         outputs, mutated = model.apply(
             variables,
-            batch[inputs],
+            *given,
             **options[True],
             mutable=list(model_state),
             rngs=streams,

@@ -1,5 +1,9 @@
 """Plain Flax backbones; none of them knows of deltas."""
 
+from ftn_jax.models.biggan import BigGAN
+from ftn_jax.models.biggan_deep import BigGANDeep
+from ftn_jax.models.biggan_discriminator import BigGANDiscriminator
+from ftn_jax.models.biggan_family import BIGGANS, biggan, biggan_deep
 from ftn_jax.models.deeplab import DeepLab
 from ftn_jax.models.resnet import ResNet
 from ftn_jax.models.resnet_family import (
@@ -28,11 +32,17 @@ from ftn_jax.models.vit_layers import stack_layers, unstack_layers
 from ftn_jax.models.vit_positions import interpolate_positions
 
 __all__ = [
+    "BIGGANS",
     "RESNETS",
     "VITS",
+    "BigGAN",
+    "BigGANDeep",
+    "BigGANDiscriminator",
     "DeepLab",
     "ResNet",
     "ViT",
+    "biggan",
+    "biggan_deep",
     "cifar_resnet",
     "clip_vit",
     "clip_vit_b16",
