@@ -26,7 +26,6 @@ from ftn_jax.data import (
     Compose,
     Domain,
     Flip,
-    Normalize,
     Resize,
     ResizeShort,
     ToRGB,
@@ -40,6 +39,7 @@ from ftn_jax.data import (
 from ftn_jax.data.embedded import embedded_source
 from ftn_jax.fit import fit
 from ftn_jax.gan import Gan, GanState
+from ftn_jax.invert import RANGE
 from ftn_jax.models import BigGAN, BigGANDiscriminator
 from ftn_jax.pictures import draw_curves, draw_grid
 from ftn_jax.pretrained import export_biggan
@@ -104,13 +104,13 @@ class Config:
 
 
 def to_size(fit: Fit, resolution: int) -> tuple[Transform, ...]:
-    """Return the steps that bring images to a size, and their values to [-1, 1]."""
+    """Return the steps that bring images to a size, in colour."""
     steps: dict[str, tuple[Transform, ...]] = {
         "none": (),
         "squash": (Resize(resolution, resolution),),
         "crop": (ResizeShort(resolution), CenterCrop(resolution)),
     }
-    return (*steps[fit], ToRGB(), Normalize(mean=(0.5,), std=(0.5,)))
+    return (*steps[fit], ToRGB())
 
 
 def main(cfg: Config) -> Path:
@@ -154,7 +154,7 @@ def train(cfg: Config, gan: Gan, domain: Domain) -> GanState:
     size = gan.generator.resolution
     check_size(domain, size, cfg.fit)
     flip = (Flip(),) if cfg.flip else ()
-    transform = Compose((*flip, *to_size(cfg.fit, size)))
+    transform = Compose((*flip, *to_size(cfg.fit, size), RANGE))
     batch = cfg.batch_size * cfg.d_steps
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("workdir", "steps")}
     name = short_hash(sorted(settings.items()), digest(domain.train))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 from ftn_jax.apply import Apply
 from ftn_jax.forward import Forward, merged
 from ftn_jax.nodes.replace import Replace
+from ftn_jax.train import Task
 
 GROUP = "latents"
 """The optimizer group of the tables."""
@@ -81,3 +82,28 @@ def with_latents(forward: Forward = merged) -> Forward:
 def tables(delta: Any) -> dict[str, Float[Array, "n _"]]:
     """Return the latents as plain arrays."""
     return {name: node.value for name, node in delta["latents"].items()}
+
+
+def for_file(task: Task) -> Task:
+    """Return what `save_task` can hold: the latents are state, beside the statistics.
+
+    A task file is bound to a backbone leaf by leaf, and latents belong to no leaf.
+    """
+    state = {**task.model_state, GROUP: tables(task.delta)}
+    return Task(task.delta["generator"], state)
+
+
+def from_file(task: Task) -> Task:
+    """Return the task that `for_file` was given.
+
+    Raises:
+        ValueError: if the task was saved without latents.
+    """
+    state = dict(task.model_state)
+    if GROUP not in state:
+        raise ValueError(
+            f"the task has no {GROUP} in its state, only {sorted(state)}: it was not "
+            "saved by for_file"
+        )
+    latents = make_latents(**state.pop(GROUP))
+    return Task(beside(task.delta, latents), state)

@@ -19,12 +19,16 @@ too (`"factors"`) cost 887,200 and 1,229,800 (the first: 20 inputs, so a rank of
 is more than the whole); factors on convolutions alone are 1,097,550.
 """
 
+import re
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
+
+import jax
 
 from ftn_jax.core import Init, Rules
 from ftn_jax.nodes.cp import CP, CPInit
 from ftn_jax.nodes.replace import Replace
+from ftn_jax.paths import path_name
 
 Linear = Literal["whole", "factors", "frozen"]
 GROUP = "linear"
@@ -96,9 +100,10 @@ def generator_fine_tuning() -> Rules:
     return {".*": partial(Replace.init, group=GROUP)}
 
 
-def generator_frozen() -> Rules:
-    """Train nothing of the generator."""
-    return {}
+def has_attention(shared: Any) -> bool:
+    """Tell whether a generator has self-attention."""
+    leaves = jax.tree_util.tree_leaves_with_path(shared)
+    return any(re.fullmatch(ATTENTION, path_name(path)) for path, _ in leaves)
 
 
 def _of_matrix(init: CPInit | None) -> CPInit | None:

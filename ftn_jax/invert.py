@@ -1,0 +1,272 @@
+"""Invert a generator: fit latents to images, alone or together with a delta."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ftn_jax.apply import Apply
+from ftn_jax.atomic import write_atomic
+from ftn_jax.core import Rules, make_delta
+from ftn_jax.data import ArraySource, Normalize, eval_batches, train_batches
+from ftn_jax.fit import OnLog, fit
+from ftn_jax.forward import Forward, merged
+from ftn_jax.latents import GROUP, beside, make_latents, tables, with_latents
+from ftn_jax.optimizer import Schedule, make_optimizer
+from ftn_jax.reconstruction import p_norm
+from ftn_jax.resume import StateFolder
+from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
+
+RANGE = Normalize(mean=(0.5,), std=(0.5,))
+"""From pixels to the generator's range, -1 to 1."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How to fit latents, and a delta beside them.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: images per step.
+        rates: Adam's peak rate of each optimizer group; latents are `"latents"`.
+        schedule: of every rate, over all steps.
+        p: exponent of the loss.
+        frozen_stats: whether BatchNorm uses the generator's running statistics; if
+            not, an image depends on those it is drawn with.
+        check_every: steps between two looks at the mean PSNR of the training batches.
+        patience: stop when so many looks in a row brought no gain; 0 never stops.
+        min_gain: what counts as a gain, dB.
+    """
+
+    steps: int
+    batch_size: int
+    rates: Mapping[str, float] = field(
+        default_factory=lambda: {"factors": 0.05, "linear": 1e-3, GROUP: 0.05}
+    )
+    schedule: Schedule = "cosine"
+    p: float = 2.0
+    frozen_stats: bool = True
+    check_every: int = 20
+    patience: int = 0
+    min_gain: float = 0.02
+
+
+class Inverted(NamedTuple):
+    """What an inversion ended with.
+
+    Attributes:
+        task: delta over the generator and tables of latents, see `ftn_jax.latents`.
+        curve: steps taken and mean PSNR (dB) of the training batches since the last
+            point.
+        steps: steps taken.
+        seconds: wall-clock of this call.
+    """
+
+    task: Task
+    curve: list[tuple[int, float]]
+    steps: int
+    seconds: float
+
+
+class Inverter:
+    """Fit latents (and a delta) to sets of images; compiled once for all of them.
+
+    Sets of one size share a program, and so do generators of one shape: the generator
+    is an argument.
+    """
+
+    def __init__(
+        self,
+        apply: Apply,
+        rules: Rules,
+        recipe: Inversion,
+        *,
+        forward: Forward = merged,
+    ) -> None:
+        """Prepare the jitted steps.
+
+        Args:
+            apply: the generator; it finds the rows of its latents in the batch, by
+                their table's name.
+            rules: of the delta over the generator; `{}` trains the latents alone.
+            recipe: how to fit.
+            forward: how to run the generator on `(shared, delta)`.
+
+        Raises:
+            ValueError: if `p` or the schedule is out of range.
+        """
+        self.rules, self.recipe = rules, recipe
+        loss, run = p_norm(recipe.p), with_latents(forward)
+        self._tx = make_optimizer(
+            recipe.rates,
+            steps=recipe.steps,
+            schedule=recipe.schedule,
+            adam=tuple(recipe.rates),
+        )
+        step = make_train_step(
+            apply,
+            self._tx,
+            loss=loss,
+            forward=run,
+            frozen_stats=recipe.frozen_stats,
+        )
+        self._step = jax.jit(step, donate_argnums=1)
+
+    def start(
+        self,
+        shared: Any,
+        model_state: Any,
+        latents: Mapping[str, Float[jax.Array, "n _"]],
+        *,
+        seed: int,
+    ) -> TaskState:
+        """Make the state before the first step."""
+        delta_key, key = jax.random.split(jax.random.key(seed))
+        delta = beside(
+            make_delta(delta_key, shared, self.rules), make_latents(**latents)
+        )
+        return TaskState.create(delta, model_state, tx=self._tx, key=key)
+
+    def run(
+        self,
+        shared: Any,
+        model_state: Any,
+        images: UInt8[np.ndarray, "n h w 3"],
+        latents: Mapping[str, Float[jax.Array, "n _"]],
+        *,
+        seed: int = 0,
+        folder: StateFolder | None = None,
+        on_log: OnLog | None = None,
+    ) -> Inverted:
+        """Fit the images.
+
+        Args:
+            shared: the generator.
+            model_state: its running statistics.
+            images: of the generator's size.
+            latents: where each table starts, one row for each image.
+            seed: of the delta's init and the order of images.
+            folder: keeps the state, so that the run can be interrupted.
+            on_log: called with the step and the means since the last call.
+
+        Raises:
+            ValueError: if images are not uint8, or their number or size does not fit.
+            NonFiniteLoss: see `ftn_jax.fit.fit`.
+        """
+        source = _source(images, latents)
+        recipe, start = self.recipe, time.perf_counter()
+        state = self.start(shared, model_state, latents, seed=seed)
+        curve: list[tuple[int, float]] = []
+        if folder:
+            state = folder.restore(state) or state
+            curve = _read_curve(folder, int(state.step))
+
+        def log(step: int, means: dict[str, float]) -> None:
+            curve.append((step, means["psnr"]))
+            if on_log:
+                on_log(step, means)
+
+        while int(state.step) < recipe.steps and not self._stops(curve):
+            # From check to check: what was seen at the last decides on going on.
+            done = int(state.step)
+            state = fit(
+                self._step,
+                shared,
+                state,
+                lambda first: _indexed(source, recipe.batch_size, seed, first),
+                steps=min(done + recipe.check_every, recipe.steps),
+                on_log=log,
+                log_every=recipe.check_every,
+                save=folder.save if folder else None,
+            )
+            if folder:
+                folder.save(state)
+                write_atomic(_curve_file(folder), json.dumps(curve).encode())
+        seconds = time.perf_counter() - start
+        return Inverted(state.task, curve, int(state.step), seconds)
+
+    def _stops(self, curve: list[tuple[int, float]]) -> bool:
+        """Tell whether the last `patience` looks all were without a gain."""
+        patience = self.recipe.patience
+        values = [value for _, value in curve]
+        if not patience or len(values) <= patience:
+            return False
+        before, last = values[:-patience], values[-patience:]
+        return max(last) < max(before) + self.recipe.min_gain
+
+
+class Drawer:
+    """Draw the images that a task's latents stand for; compiled once for all tasks."""
+
+    def __init__(self, apply: Apply, *, forward: Forward = merged) -> None:
+        """Prepare the jitted step."""
+        self._step = jax.jit(
+            make_eval_step(apply, metrics=None, forward=with_latents(forward))
+        )
+
+    def __call__(
+        self, shared: Any, task: Task, *, batch_size: int = 64
+    ) -> Float[np.ndarray, "n h w 3"]:
+        """Return the images of all rows, in order.
+
+        Args:
+            shared: the generator that the task's delta belongs to.
+            task: delta and latents.
+            batch_size: images per step; the last batch is filled with the first rows.
+        """
+        n = len(next(iter(tables(task.delta).values())))
+        drawn = [
+            self._step(shared, task, {"index": (np.arange(batch_size) + first) % n})
+            for first in range(0, n, batch_size)
+        ]
+        return np.concatenate([np.asarray(x) for x in drawn])[:n]
+
+
+def _source(images: Any, latents: Mapping[str, Any]) -> ArraySource:
+    """Label each image with its place, which is its row in the tables."""
+    for name, table in latents.items():
+        if len(table) != len(images):
+            raise ValueError(
+                f"{len(images)} images but {len(table)} rows of {name!r}: every image "
+                "has a row of its own"
+            )
+    return ArraySource(images, np.arange(len(images)))
+
+
+def _indexed(source: ArraySource, batch_size: int, seed: int, first: int) -> Any:
+    stream = train_batches(
+        source,
+        batch_size=batch_size,
+        transform=RANGE,
+        seed=seed,
+        start_step=first,
+    )
+    for batch in stream:
+        yield {"index": batch.pop("label"), **batch}
+
+
+def in_range(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h w 3"]:
+    """Bring pixels to the generator's range."""
+    places = np.arange(len(images))
+    stream = eval_batches(
+        ArraySource(images, places), batch_size=len(images), transform=RANGE
+    )
+    return next(stream)["image"]
+
+
+def _curve_file(folder: StateFolder) -> Path:
+    return folder.directory.with_name(f"{folder.directory.name}.curve.json")
+
+
+def _read_curve(folder: StateFolder, step: int) -> list[tuple[int, float]]:
+    """Read the points up to a step: those of what is done again come again."""
+    path = _curve_file(folder)
+    if not path.exists():
+        return []
+    return [(s, v) for s, v in json.loads(path.read_text()) if s <= step]
