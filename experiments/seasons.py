@@ -32,6 +32,7 @@ from ftn_jax.data.transient import SeasonRules, describe_counts, load_seasons
 from ftn_jax.generation import Contender, Generator, Images, Start, Study
 from ftn_jax.invert import Inversion
 from ftn_jax.latents import GROUP
+from ftn_jax.nodes.cp import CPInit
 from ftn_jax.presets.biggan import (
     Linear,
     generator_fine_tuning,
@@ -62,6 +63,8 @@ class Config:
     """Latents alone; FTN; one generator trained on all domains; one for each."""
     ranks: tuple[int, ...] = (20, 50)
     """Ranks of FTN's factors."""
+    init: CPInit | None = None
+    """How factors start; the paper's is xavier, the default see `CP.init`."""
     norms: Linear = "whole"
     """The linear layers of the BatchNorms: trained whole, by factors, or frozen."""
     first: Linear = "whole"
@@ -190,6 +193,7 @@ def contenders(cfg: Config, generator: Generator) -> dict[str, Contender]:
             for rank in cfg.ranks:
                 rules = generator_ftn(
                     rank=rank,
+                    init=cfg.init,
                     norms=cfg.norms,
                     first=cfg.first,
                     linear_rank=cfg.linear_rank,

@@ -254,7 +254,7 @@ class Gan:
             )
             return seen["batch_stats"]
 
-        keys = jax.random.split(jax.random.fold_in(state.key, -1), batches)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), batches)
         seen = [measure(key) for key in keys]
         stats = jax.tree.map(lambda *x: sum(x) / len(x), *seen)
         return Finished(params, stats)

@@ -250,6 +250,8 @@ class Study:
             name=label,
             metadata={"method": name, "curve": found.curve, **details},
         )
+        if self.results.find(name, label, self.seed, inputs=inputs):
+            return  # the run was stopped after this row of several
         self.results.add(
             Row(
                 method=name,

@@ -49,12 +49,14 @@ def reconstruction(
             f"{expected.shape[1:]}: resize the data, or use a generator of its size"
         )
     mask = jnp.asarray(batch.get("mask", jnp.ones(len(images))), jnp.float32)
+
+    def total(values: Float[Array, " b"]) -> Float[Array, ""]:
+        # where, not a product: an infinite value on padding must not become NaN.
+        return jnp.sum(jnp.where(mask > 0, values * mask, 0.0))
+
     losses = jnp.mean(jnp.abs(images - expected) ** p, axis=(1, 2, 3))
-    return {
-        "loss": jnp.sum(losses * mask),
-        "psnr": jnp.sum(psnr(images, expected) * mask),
-        "count": mask.sum(),
-    }
+    values = psnr(images, expected)
+    return {"loss": total(losses), "psnr": total(values), "count": mask.sum()}
 
 
 def p_norm(p: float) -> Loss:

@@ -119,7 +119,6 @@ def test_a_season_needs_images_on_both_sides(root):
     (root / "holdout_split" / "test.txt").write_text("cam3\n")
     with pytest.raises(ValueError, match="spring: 0 of 2 images are in holdout"):
         load_seasons(root)
-    domains = load_seasons(
-        root, SeasonRules(daytime=""), test_list=None, seasons=["spring"]
-    )
-    assert len(domains["spring"].test) + len(domains["spring"].train) == 3
+    rules = SeasonRules(rule="threshold", daytime="")  # takes all nine
+    domains = load_seasons(root, rules, test_list=None, seasons=["spring"])
+    assert (len(domains["spring"].train), len(domains["spring"].test)) == (8, 1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftn_jax.models import BigGAN, biggan_deep
+from ftn_jax.models import BigGAN, BigGANDeep, biggan_deep
 from ftn_jax.pretrained import load_biggan, load_biggan_deep
 
 torch = pytest.importorskip("torch")
@@ -50,14 +50,20 @@ def deep():
         output_dim=32,
         z_dim=6,
         class_embed_dim=6,
-        channel_width=8,
+        channel_width=4,
         num_classes=5,
-        layers=[(False, 4, 4), (True, 4, 2), (False, 2, 2), (True, 2, 1)],
+        layers=[
+            (True, 16, 8),
+            (True, 8, 4),
+            (False, 4, 4),
+            (True, 4, 2),
+            (False, 2, 1),
+        ],
         attention_layer_position=2,
     )
     net = randomize(package.BigGAN(config))
-    model = biggan_deep(128, width=8, num_classes=5, dim_z=6, attention=2).clone(
-        levels=tuple(config.layers)
+    model = BigGANDeep(
+        tuple(config.layers), width=4, num_classes=5, dim_z=6, attention=2
     )
     weights = {k: v.numpy() for k, v in net.state_dict().items()}
     return net, model, load_biggan_deep(weights, model)

@@ -122,15 +122,17 @@ class TorchBigGAN(nn.Module):
 
 
 def randomize(net, seed=0):
-    """Give every parameter and statistic values that keep the outputs between -1 and 1,
-    and variances above zero."""
+    """Give every parameter and statistic values that keep the features of order one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in [*net.named_parameters(), *net.named_buffers()]:
             new = torch.randn(value.shape, generator=generator)
-            if "var" in name:
-                new = 0.5 + new.abs()
-            elif name.endswith(("weight_u", "weight_v")):
-                new = functional.normalize(new, dim=0)
-            value.copy_(new)
+            value.copy_(0.5 + new.abs() if "var" in name else new)
+        for module in net.modules():
+            if hasattr(module, "weight_u"):  # where training would have brought them
+                u, _, v = torch.linalg.svd(
+                    module.weight_orig.flatten(1), full_matrices=False
+                )
+                module.weight_u.copy_(u[:, 0])
+                module.weight_v.copy_(v[0])
     return net.eval()
