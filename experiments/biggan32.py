@@ -92,11 +92,11 @@ class Config:
         """Return settings for a trial of under a minute."""
         return cls(
             workdir=Path("runs/biggan32_tiny"),
-            channels=(8, 8, 8),
-            judge=(8, 8),
+            channels=(8, 8),
+            judge=(8,),
             chunk=4,
             shared_dim=4,
-            attention=(8,),
+            attention=(),
             steps=4,
             batch_size=8,
             fit="squash",

@@ -30,6 +30,7 @@ from ftn_jax.data import Compose, Domain, find_domains, load_domain
 from ftn_jax.data.embedded import embedded_targets
 from ftn_jax.data.transient import SeasonRules, describe_counts, load_seasons
 from ftn_jax.generation import Contender, Generator, Images, Start, Study
+from ftn_jax.generation_report import draw_study, psnr_table
 from ftn_jax.invert import Inversion
 from ftn_jax.latents import GROUP
 from ftn_jax.nodes.cp import CPInit
@@ -157,9 +158,9 @@ def main(cfg: Config) -> Results:
     )
     rows = contenders(cfg, generator)
     study.fill(domains, rows)
-    table = study.table(domains, rows)
+    table = psnr_table(study, domains, [*rows])
     (cfg.workdir / "results.md").write_text(table)
-    study.draw(domains, rows)
+    draw_study(study, domains, [*rows])
     print(f"\n{table}\ntable, pictures and saved tasks: {cfg.workdir}")
     return results
 

@@ -121,8 +121,9 @@ class Gan:
         keys = jax.random.split(key, 5)
         size, y = self.generator.resolution, jnp.zeros((1,), jnp.int32)
         z = jnp.zeros((1, self.generator.dim_z))
-        g = self.generator.init(keys[0], z, y)
-        d = self.discriminator.init(keys[1], jnp.zeros((1, size, size, 3)), y)
+        g = jax.jit(self.generator.init)(keys[0], z, y)
+        x = jnp.zeros((1, size, size, 3))
+        d = jax.jit(self.discriminator.init)(keys[1], x, y)
         g_vectors = start_vectors(keys[2], g["params"])
         d_vectors = start_vectors(
             keys[3], d["params"], where=lambda p: p.endswith(("kernel", "embedding"))
@@ -206,7 +207,7 @@ class Gan:
 
         def objective(weights: Any) -> tuple[Any, Any]:
             params, vectors = normalize(weights, player.vectors)
-            scores = self.discriminator.apply({"params": params}, images, labels)
+            scores: Any = self.discriminator.apply({"params": params}, images, labels)
             on_real, on_fake = jnp.split(scores, 2)
             too_low, too_high = jax.nn.relu(1 - on_real), jax.nn.relu(1 + on_fake)
             return jnp.mean(too_low) + jnp.mean(too_high), (vectors, None)
@@ -222,7 +223,7 @@ class Gan:
         def objective(weights: Any) -> tuple[Any, Any]:
             params, vectors = normalize(weights, player.vectors)
             fake, new_stats = self._draw(params, stats, key, y)
-            scores = self.discriminator.apply({"params": judging}, fake, y)
+            scores: Any = self.discriminator.apply({"params": judging}, fake, y)
             return -jnp.mean(scores), (vectors, new_stats)
 
         return _descend(objective, player, self._tx[0])

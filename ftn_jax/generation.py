@@ -1,8 +1,9 @@
-"""Fill a table of image domains by ways to adapt a generator; draw what came out."""
+"""Fill a table: image domains by ways to adapt a generator to them."""
 
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from ftn_jax.apply import Apply, from_linen
-from ftn_jax.checkpoint import fingerprint, restore_task, save_task
+from ftn_jax.checkpoint import fingerprint, save_task
 from ftn_jax.command import progress_bar
 from ftn_jax.core import Rules, count, materialize
 from ftn_jax.invert import Drawer, Inversion, Inverted, Inverter, in_range
-from ftn_jax.latents import beside, for_file, from_file, make_latents, tables
+from ftn_jax.latents import beside, for_file, make_latents, tables
 from ftn_jax.models import BigGAN
-from ftn_jax.pictures import draw_curves, draw_grid
 from ftn_jax.reconstruction import psnr
 from ftn_jax.results import Results, Row
 from ftn_jax.resume import StateFolder
@@ -143,7 +143,7 @@ class Study:
         apply = from_linen(generator.model, inputs=("z", "y"))
         self._apply = of_label(apply, start.label)
         self._outside = Inverter(self._apply, {}, held_out)
-        self._draw = Drawer(self._apply)
+        self.drawer = Drawer(self._apply)
         self._network = "".join(fingerprint(generator.params).values())
 
     def fill(
@@ -239,12 +239,12 @@ class Study:
         inputs: str,
     ) -> None:
         """Measure, save and note one set of images."""
-        drawn = self._draw(self.generator.params, task)
+        drawn = self.drawer(self.generator.params, task)
         values = np.asarray(psnr(jnp.asarray(drawn), jnp.asarray(in_range(images))))
         parts = count(delta)
         details = {"images": len(images), "std": float(values.std())}
         save_task(
-            self._place(name, label),
+            self.place(name, label),
             for_file(task),
             shared=self.generator.params,
             name=label,
@@ -273,111 +273,10 @@ class Study:
             flush=True,
         )
 
-    def _place(self, name: str, label: str) -> Any:
+    def place(self, name: str, label: str) -> Path:
+        """Name the folder of a fitted set of images."""
         seed = f"seed{self.seed}"
         return self.workdir / "tasks" / slug(label) / slug(name) / seed
-
-    def table(
-        self, domains: Sequence[Images], contenders: Mapping[str, Contender]
-    ) -> str:
-        """Lay out mean PSNR, training and held-out images apart, in dB."""
-        found = {
-            (r.method, r.task): r for r in self.results.rows if r.seed == self.seed
-        }
-        names = [d.name for d in domains]
-        lines = [
-            "| method | parameters | share of the generator | "
-            + " | ".join([*names, "mean"])
-            + " |",
-            "|---|--:|--:|" + "--:|" * (len(names) + 1),
-        ]
-        for name in contenders:
-            row = found[name, names[0]]
-            pairs = [
-                [found[name, label + part].value for label in names]
-                for part in ("", HELD_OUT)
-            ]
-            cells = [
-                " / ".join(f"{v:.1f}" for v in x) for x in zip(*pairs, strict=True)
-            ]
-            means = " / ".join(f"{np.mean(values):.1f}" for values in pairs)
-            lines.append(
-                f"| {name} | {row.task_params:,} | "
-                f"{row.task_params / row.shared_params:.1%} | "
-                + " | ".join([*cells, means])
-                + " |"
-            )
-        return "\n".join(lines) + "\n"
-
-    def draw(
-        self,
-        domains: Sequence[Images],
-        contenders: Mapping[str, Contender],
-        *,
-        columns: int = 10,
-        between: int = 8,
-    ) -> None:
-        """Draw originals and reconstructions, interpolations, and training curves.
-
-        Everything comes from the saved tasks.
-
-        Args:
-            domains: rows of the pictures come from each.
-            contenders: by name.
-            columns: images in a row.
-            between: images of an interpolation.
-        """
-        for domain in domains:
-            curves = {}
-            for label, images in (
-                (domain.name, domain.train),
-                (domain.name + HELD_OUT, domain.held_out),
-            ):
-                rows = {f"{label}: originals": in_range(images[:columns])}
-                for name in contenders:
-                    saved = restore_task(
-                        self._place(name, label), self.generator.params
-                    )
-                    drawn = self._draw(self.generator.params, from_file(saved.task))
-                    rows[name] = drawn[:columns]
-                    if label == domain.name:
-                        curves[name] = saved.metadata["curve"]
-                draw_grid(rows, self.workdir / f"grid_{slug(label)}.png")
-            draw_curves(
-                curves,
-                self.workdir / f"curves_{slug(domain.name)}.png",
-                y="PSNR of training batches, dB",
-                title=domain.name,
-            )
-        self._draw_interpolations(domains, contenders, between)
-
-    def _draw_interpolations(
-        self,
-        domains: Sequence[Images],
-        contenders: Mapping[str, Contender],
-        between: int,
-    ) -> None:
-        """Walk from one training image's latents to the next one's, by domain."""
-        for name in contenders:
-            rows = {}
-            for domain in domains:
-                saved = restore_task(
-                    self._place(name, domain.name), self.generator.params
-                )
-                task = from_file(saved.task)
-                share = jnp.linspace(0, 1, between)[:, None]
-                walk = {
-                    k: (1 - share) * table[:1] + share * table[1:2]
-                    for k, table in tables(task.delta).items()
-                }
-                there = Task(
-                    beside(task.delta["generator"], make_latents(**walk)),
-                    task.model_state,
-                )
-                rows[domain.name] = self._draw(
-                    self.generator.params, there, batch_size=between
-                )
-            draw_grid(rows, self.workdir / f"walk_{slug(name)}.png")
 
 
 def _size(params: Any) -> int:

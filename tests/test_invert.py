@@ -27,7 +27,7 @@ from ftn_jax.reconstruction import p_norm, psnr, reconstruction
 from ftn_jax.resume import StateFolder
 from ftn_jax.train import Task, TaskState
 
-MODEL = BigGAN((8, 8, 8), num_classes=3, chunk=2, shared_dim=4, attention=(8,))
+MODEL = BigGAN((8, 8), num_classes=3, chunk=2, shared_dim=4, attention=(8,))
 APPLY = of_label(from_linen(MODEL, inputs=("z", "y")), 1)
 RULES = generator_ftn(rank=2, norms="factors", linear_rank=1)
 RECIPE = Inversion(
@@ -50,9 +50,9 @@ def generator():
 @pytest.fixture(scope="module")
 def images():
     """Eight pictures with one bright corner each."""
-    found = np.full((8, 16, 16, 3), 90, np.uint8)
+    found = np.full((8, 8, 8, 3), 90, np.uint8)
     for n in range(8):
-        found[n, 8 * (n % 2) :][:8, 8 * (n // 2 % 2) :][:, :8] = 40 * (n // 2) + 60
+        found[n, 4 * (n % 2) :][:4, 4 * (n // 2 % 2) :][:, :4] = 40 * (n // 2) + 60
     return found
 
 
@@ -199,8 +199,8 @@ def test_misfits_are_refused(generator, images, start):
         inverter.run(*generator, images[:7], start)
     with pytest.raises(ValueError, match="found dtype float32, expected uint8"):
         inverter.run(*generator, images.astype(np.float32), start)
-    with pytest.raises(ValueError, match=r"shape \(16, 16, 3\), the data has \(8, 16"):
-        inverter.run(*generator, images[:, :8], start)
+    with pytest.raises(ValueError, match=r"shape \(8, 8, 3\), the data has \(4, 8"):
+        inverter.run(*generator, images[:, :4], start)
     with pytest.raises(ValueError, match="p is 0.5, expected at least 1"):
         Inverter(APPLY, {}, replace(RECIPE, p=0.5))
     with pytest.raises(ValueError, match="different numbers of rows"):

@@ -71,10 +71,9 @@ def _divide(
 ) -> tuple[Float[Array, "... o"], Float[Array, " o"]]:
     matrix = w.reshape(-1, w.shape[-1])
     fixed = jax.lax.stop_gradient(matrix)
-    v = None
-    for _ in range(steps):
-        v = _unit(fixed @ u)
-        u = _unit(v @ fixed)
+    u = jax.lax.fori_loop(0, steps - 1, lambda _, u: _unit(_unit(fixed @ u) @ fixed), u)
+    v = _unit(fixed @ u)
+    u = _unit(v @ fixed)
     return w / (v @ matrix @ u), u
 
 
