@@ -160,7 +160,7 @@ def train(cfg: Config, gan: Gan, domain: Domain) -> GanState:
     name = short_hash(sorted(settings.items()), digest(domain.train))
     folder = StateFolder(cfg.workdir / "state" / name)
     state: Any = gan.start(jax.random.key(cfg.seed))
-    state = folder.restore(state) or state
+    state, progress = folder.restore_with_progress(state) or (state, {})
     curves: dict[str, list[tuple[float, float]]] = {"d_loss": [], "g_loss": []}
     with progress_bar("pretraining", steps=cfg.steps, batch_size=batch) as show:
 
@@ -185,8 +185,10 @@ def train(cfg: Config, gan: Gan, domain: Domain) -> GanState:
             steps=cfg.steps,
             on_log=on_log,
             save=folder.save,
+            progress=progress,
         )
-    folder.save(state)
+    folder.save(state, wait=True)
+    folder.close()
     if curves["d_loss"]:
         draw_curves(curves, cfg.workdir / "losses.png", y="hinge loss")
     return state

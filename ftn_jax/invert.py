@@ -1,10 +1,8 @@
 """Invert a generator: fit latents to images, alone or together with a delta."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +10,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ftn_jax.apply import Apply
-from ftn_jax.atomic import write_atomic
 from ftn_jax.core import Rules, make_delta
 from ftn_jax.data import ArraySource, Normalize, eval_batches, train_batches
 from ftn_jax.fit import OnLog, fit
@@ -27,6 +24,9 @@ RANGE = Normalize(mean=(0.5,), std=(0.5,))
 """From pixels to the generator's range, -1 to 1."""
 
 
+_SAVE_EVERY_S = 60.0
+
+
 @dataclass(frozen=True)
 class Inversion:
     """How to fit latents, and a delta beside them.
@@ -39,7 +39,7 @@ class Inversion:
         p: exponent of the loss.
         frozen_stats: whether BatchNorm uses the generator's running statistics; if
             not, an image depends on those it is drawn with.
-        check_every: steps between two looks at the mean PSNR of the training batches.
+        look_every: steps between two looks at the mean PSNR of the training batches.
         patience: stop when so many looks in a row brought no gain; 0 never stops.
         min_gain: what counts as a gain, dB.
     """
@@ -52,7 +52,7 @@ class Inversion:
     schedule: Schedule = "cosine"
     p: float = 2.0
     frozen_stats: bool = True
-    check_every: int = 20
+    look_every: int = 20
     patience: int = 0
     min_gain: float = 0.02
 
@@ -160,35 +160,44 @@ class Inverter:
             NonFiniteLoss: see `ftn_jax.fit.fit`.
         """
         source = _source(images, latents)
-        recipe, start = self.recipe, time.perf_counter()
-        state = self.start(shared, model_state, latents, seed=seed)
-        curve: list[tuple[int, float]] = []
+        recipe, began = self.recipe, time.perf_counter()
+        state, progress = self.start(shared, model_state, latents, seed=seed), {}
         if folder:
-            state = folder.restore(state) or state
-            curve = _read_curve(folder, int(state.step))
+            state, progress = folder.restore_with_progress(state) or (state, progress)
+        curve: list[tuple[int, float]] = [(s, v) for s, v in progress.get("curve", [])]
 
         def log(step: int, means: dict[str, float]) -> None:
             curve.append((step, means["psnr"]))
             if on_log:
                 on_log(step, means)
 
+        def save(state: TaskState, *, progress: Mapping[str, Any], wait: bool) -> None:
+            assert folder is not None
+            folder.save(state, progress={**progress, "curve": curve}, wait=wait)
+
+        saved = time.monotonic()
         while int(state.step) < recipe.steps and not self._stops(curve):
-            # From check to check: what was seen at the last decides on going on.
-            done = int(state.step)
+            # From look to look: what was seen at the last decides on going on.
+            ahead = recipe.look_every - int(state.step) % recipe.look_every
             state = fit(
                 self._step,
                 shared,
                 state,
                 lambda first: _indexed(source, recipe.batch_size, seed, first),
-                steps=min(done + recipe.check_every, recipe.steps),
+                steps=min(int(state.step) + ahead, recipe.steps),
                 on_log=log,
-                log_every=recipe.check_every,
-                save=folder.save if folder else None,
+                log_every=recipe.look_every,
+                save=save if folder else None,
+                progress=progress,
             )
-            if folder:
-                folder.save(state)
-                write_atomic(_curve_file(folder), json.dumps(curve).encode())
-        seconds = time.perf_counter() - start
+            progress = {}  # of an unfinished look
+            if folder and time.monotonic() - saved > _SAVE_EVERY_S:
+                save(state, progress={}, wait=False)
+                saved = time.monotonic()
+        if folder:
+            save(state, progress={}, wait=True)
+            folder.close()
+        seconds = time.perf_counter() - began
         return Inverted(state.task, curve, int(state.step), seconds)
 
     def _stops(self, curve: list[tuple[int, float]]) -> bool:
@@ -258,15 +267,3 @@ def in_range(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n h w 3
         ArraySource(images, places), batch_size=len(images), transform=RANGE
     )
     return next(stream)["image"]
-
-
-def _curve_file(folder: StateFolder) -> Path:
-    return folder.directory.with_name(f"{folder.directory.name}.curve.json")
-
-
-def _read_curve(folder: StateFolder, step: int) -> list[tuple[int, float]]:
-    """Read the points up to a step: those of what is done again come again."""
-    path = _curve_file(folder)
-    if not path.exists():
-        return []
-    return [(s, v) for s, v in json.loads(path.read_text()) if s <= step]

@@ -1,5 +1,8 @@
 """Latents belong to no weight, and train with a delta, or alone."""
 
+import os
+import signal
+import time
 from dataclasses import replace
 
 import jax
@@ -34,7 +37,7 @@ RECIPE = Inversion(
     steps=40,
     batch_size=8,
     rates={"factors": 0.02, "linear": 1e-3, "latents": 0.05},
-    check_every=10,
+    look_every=10,
 )
 
 
@@ -131,8 +134,9 @@ def test_an_interrupted_inversion_ends_with_the_same_bits(
 
     def stop(step, means):
         stops.append(step)
-        if len(stops) == 3:
-            raise KeyboardInterrupt
+        if step == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # the loop shall meet the signal
 
     with pytest.raises(KeyboardInterrupt):
         inverter.run(*generator, images, start, folder=folder, on_log=stop)
@@ -140,7 +144,8 @@ def test_an_interrupted_inversion_ends_with_the_same_bits(
     again = inverter.run(
         *generator, images, start, folder=folder, on_log=lambda s, _: steps.append(s)
     )
-    assert steps == [30, 40] and again.curve == [(s, v) for s, v in found.curve]
+    assert stops == [10, 20, 30] and steps == [40]
+    assert again.curve == [(s, v) for s, v in found.curve]
     for x, y in zip(
         jax.tree.leaves(again.task), jax.tree.leaves(found.task), strict=True
     ):

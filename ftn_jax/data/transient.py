@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ftn_jax.data.domain import Domain, Subset, split
-from ftn_jax.data.folders import FolderSource
+from ftn_jax.data.files import FileSource, require_files
 
 SEASONS = ("spring", "summer", "autumn", "winter")
 PUBLISHED_COUNTS = {"spring": 1405, "summer": 1875, "autumn": 1353, "winter": 2566}
@@ -153,12 +153,13 @@ def load_seasons(
     domains = {}
     for name, found in rows.items():
         paths = [annotations.paths[i] for i in found]
-        if missing := [p for p in paths if not (root / images / p).is_file()]:
-            raise FileNotFoundError(
-                f"{root / images}: {len(missing)} images of the annotations are not "
-                f"there, {missing[0]} the first of them"
-            )
-        source = FolderSource([root / images / p for p in paths], [0] * len(paths))
+        files = [root / images / path for path in paths]
+        require_files(
+            files,
+            listed_in=root / "annotations" / "annotations.tsv",
+            advice=f"unpack the archive of images as {root / images}",
+        )
+        source = FileSource(files, [0] * len(files))
         if held_out is None:
             train, test = split(source, 0.1, seed=0)
         else:

@@ -109,7 +109,9 @@ def test_damaged_tables_are_refused(root):
 
 def test_absent_files_are_named(root):
     (root / "imageAlignedLD" / "cam1" / "a.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="1 images of.*cam1/a.jpg"):
+    with pytest.raises(
+        FileNotFoundError, match="1 of 2 images are missing.*cam1/a.jpg"
+    ):
         load_seasons(root)
     with pytest.raises(FileNotFoundError, match="val.txt: no such file"):
         load_seasons(root, test_list="holdout_split/val.txt")
