@@ -130,7 +130,7 @@ class Config:
             domains=("digits", "stripes"),
             ranks=(2,),
             max_images=8,
-            held_out=4,
+            held_out=8,
             steps=4,
             held_out_steps=2,
             batch_size=4,
