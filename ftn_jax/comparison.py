@@ -125,12 +125,9 @@ def paired(
         return Paired(found, wins, ties, 1.0, 1.0)
     from scipy import stats
 
-    if found.std > 0:
-        t_test = stats.ttest_1samp(gaps, 0.0)[1]
-    else:
-        t_test = 0.0
-    wilcoxon: Any = stats.wilcoxon(gaps)
-    return Paired(found, wins, ties, float(t_test), float(wilcoxon[1]))
+    by_t: Any = stats.ttest_1samp(gaps, 0.0) if found.std > 0 else (np.inf, 0.0)
+    by_ranks: Any = stats.wilcoxon(gaps)
+    return Paired(found, wins, ties, float(by_t[1]), float(by_ranks[1]))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
