@@ -7,6 +7,7 @@ nothing), "normals" (unit vectors, 0 nothing), "inside" (1 where the picture is)
 Source: RCM (arXiv 2007.12540), the order scale, pad and crop, flip.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,8 +96,9 @@ class _PadAndCrop(Step):
     height: int
     width: int
 
+    @abstractmethod
     def _places(self, rng: np.random.Generator, spare: tuple[int, int]) -> list[int]:
-        raise NotImplementedError
+        """Say where the cut begins: top and left, each within `spare`."""
 
     def __post_init__(self):
         if min(self.height, self.width) < 1:
