@@ -17,6 +17,7 @@ from factored.agreement import (
     distances,
     draw,
 )
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from ftn_jax import TaskState, make_delta, make_eval_step, make_train_step
@@ -174,9 +175,9 @@ def test_half_precision(small):
     def error(found):
         return np.median([*distances(found, exact).values()])
 
-    assert error(chain) < 1.2 * error(expected) and error(branch) < 1.5 * error(
-        expected
-    )
+    assert error(chain) < 1.2 * error(expected)
+    # Beside the frozen operation, the low-rank path and the sum are rounded as well.
+    assert error(branch) < 2 * error(expected)
 
 
 def test_stacked_tasks_train_in_one_program(small):
@@ -196,7 +197,9 @@ def test_stacked_tasks_train_in_one_program(small):
 
 def test_a_sharded_step_is_the_whole_batchs(small):
     apply, shared, state, batch = small
-    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh(
+        (2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2]
+    )
     results = []
     for forward in (CHAIN, BRANCH, merged):
         sharded = jax.shard_map(
