@@ -176,8 +176,8 @@ def test_half_precision(small):
         return np.median([*distances(found, exact).values()])
 
     assert error(chain) < 1.2 * error(expected)
-    # Beside the frozen operation, the low-rank path and the sum are rounded as well.
-    assert error(branch) < 2 * error(expected)
+    # Beside the frozen operation, the low-rank path and the sum are rounded too: 1.504.
+    assert error(branch) < 1.6 * error(expected)
 
 
 def test_stacked_tasks_train_in_one_program(small):
