@@ -1,6 +1,6 @@
 """Structured logs: what happens, one line of JSON each, through Python's logging.
 
-The library tells the logger `ftn_jax`; a program decides where that goes. An
+The library tells the logger `ftn_jax.events`; a program decides where that goes. An
 experiment's workdir gets `log.jsonl`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-_LOGGER = logging.getLogger("ftn_jax")
+_LOGGER = logging.getLogger("ftn_jax.events")
 
 
 def event(name: str, **values: Any) -> None:
@@ -56,6 +56,8 @@ def write_events(path: str | os.PathLike[str]) -> None:
         _LOGGER.removeHandler(old)
     _LOGGER.addHandler(JsonLines(path))
     _LOGGER.setLevel(logging.INFO)
+    # Libraries give the root logger a handler: the terminal would get every step.
+    _LOGGER.propagate = False
 
 
 def read_events(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
