@@ -8,6 +8,7 @@ from types import MappingProxyType
 import jax
 
 from ftn_jax.comparison import comparison_table
+from ftn_jax.labels import place_labels
 from ftn_jax.plots import plot_rank
 from ftn_jax.results import Results, Row
 
@@ -104,17 +105,11 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path) -> None:
         own = sorted((place[m], mean[m, t]) for m, t in mean if t == task)
         axes.plot(*zip(*own, strict=True), "o-", alpha=0.45, label=task)
     complete = [m for m in methods if all((m, t) in mean for t in tasks)]
-    for method in complete:
-        height = statistics.mean(mean[method, t] for t in tasks)
-        axes.plot(place[method], height, "k*", markersize=13)
-        right = share[method] > 30  # keep the label inside the frame
-        axes.annotate(
-            method,
-            (place[method], height),
-            (-8 if right else 8, -14),
-            textcoords="offset points",
-            ha="right" if right else "left",
-        )
+    stars = {
+        m: (place[m], statistics.mean(mean[m, t] for t in tasks)) for m in complete
+    }
+    for star in stars.values():
+        axes.plot(*star, "k*", markersize=13)
     axes.set(
         xscale="log",
         xlabel="parameters per task without head, % of the backbone (left edge: none)",
@@ -123,6 +118,7 @@ def plot_accuracy(rows: Sequence[Row], path: str | Path) -> None:
     )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside center right", fontsize="small")  # pyright: ignore[reportArgumentType]
+    place_labels(axes, stars)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
