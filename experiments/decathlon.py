@@ -17,11 +17,12 @@ compare with. Not run here, where neither archives nor weights are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from experiments import multi_domain
+from ftn_jax import shelf
 from ftn_jax.command import launch
 from ftn_jax.data import (
     DECATHLON,
@@ -56,7 +57,7 @@ class Config(multi_domain.Config):
     """Folder for the table, the picture and the saved tasks."""
     domains: tuple[str, ...] = tuple(name for name in DECAY if name != "imagenet12")
     """Names of the data sets; ImageNet is what the backbone was trained on."""
-    methods: tuple[multi_domain.MethodName, ...] = (
+    methods: tuple[shelf.MethodName, ...] = (
         "feature_extractor",
         "bn_head",
         "ftn",
@@ -157,8 +158,6 @@ def load(cfg: Config) -> list[Domain]:
         domain = load_decathlon(cfg.data, name)
         if cfg.check and name in DECATHLON:
             check_sizes(domain, DECATHLON[name])
-        # Its validation images stand in for test images: they choose nothing.
-        domain = replace(domain, validation=None)
         domains.append(domain.limited(train=cfg.max_train, test=cfg.max_test))
     return domains
 
@@ -177,10 +176,10 @@ def transforms(cfg: Config, domain: Domain) -> tuple[Compose, Compose]:
 
 def contenders(cfg: Config, backbone: Backbone) -> dict[str, Contender]:
     """List the rows: the shelf's, then the study of adapters."""
-    rows = multi_domain.contenders(cfg, backbone)
+    rows = shelf.contenders(cfg, backbone)
 
     def add(label: str, name: str, **options: str | float) -> None:
-        rows[label] = multi_domain.contender(cfg, backbone, name, **options)
+        rows[label] = shelf.contender(cfg, backbone, name, **options)
 
     for place in cfg.placements:
         add(f"parallel adapters, {place}", "parallel_adapters", placement=place)

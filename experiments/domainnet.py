@@ -47,6 +47,7 @@ from ftn_jax.paper_table import paper_table
 from ftn_jax.published import printed_parameters
 from ftn_jax.results import Results
 from ftn_jax.resume import StateFolder
+from ftn_jax.shelf import contenders
 from ftn_jax.sweep import hold_out, slug
 from ftn_jax.tables import report
 from ftn_jax.trial import Trained, finish, short_hash
@@ -133,7 +134,7 @@ def main(cfg: Config) -> Results:
         "domainnet",
         backbone,
         domains,
-        multi_domain.contenders(cfg, backbone),
+        contenders(cfg, backbone),
         train_transform=train_transform,
         eval_transform=eval_transform,
     )

@@ -39,6 +39,7 @@ from ftn_jax.nodes.cp import CPInit
 from ftn_jax.paper_table import paper_table
 from ftn_jax.published import printed_parameters
 from ftn_jax.results import Results
+from ftn_jax.shelf import contenders
 from ftn_jax.tables import report
 
 CROPPED = ("cubs_cropped", "stanford_cars_cropped")
@@ -107,7 +108,7 @@ def main(cfg: Config) -> Results:
         "imagenet_to_sketch",
         backbone,
         domains,
-        multi_domain.contenders(cfg, backbone),
+        contenders(cfg, backbone),
         train_transform={d.name: transforms(cfg, d.name)[0] for d in domains},
         eval_transform={d.name: transforms(cfg, d.name)[1] for d in domains},
     )

@@ -12,6 +12,7 @@ import pytest
 
 import ftn_jax.adapt
 from ftn_jax.adapt import Adaptation, Evaluator, Recipe
+from ftn_jax.presets import METHODS
 from ftn_jax.resume import StateFolder
 from ftn_jax.selection import Best
 
@@ -27,7 +28,7 @@ def parts():
         multi_domain.load_domains(cfg),
     )
     train, test = multi_domain.transforms(cfg)
-    method = multi_domain.METHODS["bn_head"](backbone.layers, classes=10)
+    method = METHODS["bn_head"](backbone.layers, classes=10)
     recipe = Recipe(4, 32, dict.fromkeys(("norm", "head"), 3e-2))
     adaptation = Adaptation(backbone, method, recipe, domain.train, transform=train)
     return adaptation, Evaluator(backbone, classes=10, transform=test), domain
