@@ -143,7 +143,13 @@ def sweep(
             decay = decay(domain.name) if callable(decay) else decay
             known = domains[: n + 1] if method.after else [domain]
             inputs = short_hash(
-                network, *(digest(x) for d in known for x in (d.train, d.test))
+                network,
+                *(
+                    digest(x)
+                    for d in known
+                    for x in (d.train, d.test, d.validation)
+                    if x is not None
+                ),
             )
             find = partial(results.find, name, domain.name, inputs=inputs)
             if all(find(seed) for seed in seeds) and not method.after:
@@ -237,10 +243,9 @@ class HeldOut(NamedTuple):
 def hold_out(domain: Domain, share: float) -> HeldOut:
     """Take a domain's validation data or, where it has none, a share of the training's.
 
-    The Decathlon withholds its test labels: validation data that stands in for test
-    data chooses nothing.
+    With validation data of its own, a domain trains on all of its training data.
     """
-    if domain.validation is not None and domain.validation is not domain.test:
+    if domain.validation is not None:
         return HeldOut(domain.train, domain.validation)
     if not share:
         return HeldOut(domain.train, None)

@@ -118,6 +118,31 @@ def test_validation_chooses_the_rate_and_the_test_set_does_not(tmp_path):
         module.main(replace(cfg, validation=0.0, workdir=tmp_path / "none"))
 
 
+def test_a_domains_own_validation_data_chooses(tmp_path):
+    """It is labelled wrongly here: what learns least does best on it."""
+    module = load("multi_domain")
+    (digits,) = module.load_domains(module.Config.tiny())
+    arrays = {}
+    for part, n in (("train", 128), ("test", 64), ("val", 64)):
+        source = digits.test if part == "test" else digits.train
+        images = np.stack([source[i].image for i in range(n)])
+        labels = source.labels[:n] + (part == "val")
+        arrays |= {f"x_{part}": images, f"y_{part}": labels % 10}
+    np.savez(tmp_path / "digits.npz", **arrays)
+    cfg = replace(
+        module.Config.tiny(),
+        data=tmp_path,
+        workdir=tmp_path / "runs",
+        methods=("bn_head",),
+        rates=(1e-1, 1e-6),
+        batch_size=8,
+        epochs=4,
+    )
+    (row,) = module.main(cfg).rows
+    assert row.details["rates"]["head"] == 1e-6
+    assert row.details["train_examples"] == 128  # all: nothing is held out
+
+
 def test_interrupted_candidates_and_other_seeds_in_between(tmp_path, monkeypatch):
     """A state is found again by what it trains, whatever list it stands in."""
     module = load("multi_domain")

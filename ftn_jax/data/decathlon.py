@@ -20,7 +20,8 @@ def load_decathlon(root: str | Path, name: str) -> Domain:
     """Read `annotations/<name>_{train,val}.json` and the images they name.
 
     A class index is the place of the category's id in sorted order. The test labels
-    are withheld: the domain's `test` is the validation set, and so is `validation`.
+    are withheld: the domain's `test` is the validation set, so that it has none left to
+    choose by.
 
     Args:
         root: the folder with `annotations/` (of the devkit) and `data/<name>/`.
@@ -43,13 +44,11 @@ def load_decathlon(root: str | Path, name: str) -> Domain:
             f"{len(train.categories)}); the files do not belong together"
         )
     names = tuple(text for _, text in sorted(train.categories.items()))
-    held_out = FileSource(val.paths, val.labels)
     return Domain(
         name,
         names,
         train=FileSource(train.paths, train.labels),
-        test=held_out,
-        validation=held_out,
+        test=FileSource(val.paths, val.labels),
     )
 
 

@@ -150,7 +150,8 @@ class Subset:
 class Domain:
     """Names one classification task and holds its training and test examples.
 
-    `validation` is the data set's own, where it has one beside train and test.
+    `validation` is the data set's own, where it has one beside train and test; what
+    chooses rates and epochs then takes it, and never the test examples.
 
     Raises:
         ValueError: where a label has no class name.

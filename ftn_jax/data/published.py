@@ -36,18 +36,19 @@ DOMAINNET: Mapping[str, Sizes] = {
 """The cleaned version (Peng et al. 2019)."""
 
 DECATHLON: Mapping[str, Sizes] = {
-    "aircraft": Sizes(100, 3_334, None, 3_333),
-    "cifar100": Sizes(100, 40_000, None, 10_000),
-    "daimlerpedcls": Sizes(2, 23_520, None, 5_880),
-    "dtd": Sizes(47, 1_880, None, 1_880),
-    "gtsrb": Sizes(43, 31_367, None, 7_842),
-    "imagenet12": Sizes(1_000, 1_232_167, None, 49_000),
-    "omniglot": Sizes(1_623, 17_853, None, 6_492),
-    "svhn": Sizes(10, 47_217, None, 26_040),
-    "ucf101": Sizes(101, 7_585, None, 1_952),
-    "vgg-flowers": Sizes(102, 1_020, None, 1_020),
+    "aircraft": Sizes(100, 3_334, 3_333),
+    "cifar100": Sizes(100, 40_000, 10_000),
+    "daimlerpedcls": Sizes(2, 23_520, 5_880),
+    "dtd": Sizes(47, 1_880, 1_880),
+    "gtsrb": Sizes(43, 31_367, 7_842),
+    "imagenet12": Sizes(1_000, 1_232_167, 49_000),
+    "omniglot": Sizes(1_623, 17_853, 6_492),
+    "svhn": Sizes(10, 47_217, 26_040),
+    "ucf101": Sizes(101, 7_585, 1_952),
+    "vgg-flowers": Sizes(102, 1_020, 1_020),
 }
-"""Visual Decathlon (Rebuffi et al. 2017); the test labels are withheld."""
+"""Visual Decathlon (Rebuffi et al. 2017); the test labels are withheld, so that its
+validation images are counted as test images."""
 
 FER2013 = Sizes(7, 28_709, 3_589, 3_589)
 """Facial expressions (Goodfellow et al. 2013): Training, PrivateTest, PublicTest."""

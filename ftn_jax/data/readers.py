@@ -21,7 +21,8 @@ def load_npz(path: str | Path) -> Domain:
     """Read a domain from arrays `x_train`, `y_train`, `x_test`, `y_test`.
 
     Images are uint8 (n, h, w), (n, h, w, 1) or (n, h, w, 3), labels integers (n,).
-    `class_names` is optional; the classes are numbered where it is absent.
+    `x_val` and `y_val` are optional; `class_names` too: the classes are numbered where
+    it is absent.
 
     Raises:
         FileNotFoundError: where there is no such file.
@@ -30,13 +31,15 @@ def load_npz(path: str | Path) -> Domain:
     """
     path = Path(path)
     with _open_npz(path) as arrays:
-        if missing := [key for key in _KEYS if key not in arrays.files]:
+        parts = ("train", "test", *(["val"] if "x_val" in arrays.files else []))
+        keys = [f"{axis}_{part}" for part in parts for axis in "xy"]
+        if missing := [key for key in keys if key not in arrays.files]:
             raise ValueError(
                 f"{path}: found keys {sorted(arrays.files)}, expected also {missing}; "
                 "a file without class labels is not a classification domain"
             )
         try:
-            wanted = (*_KEYS, "class_names")
+            wanted = (*keys, "class_names")
             found = {key: arrays[key] for key in wanted if key in arrays.files}
         except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(
@@ -44,13 +47,14 @@ def load_npz(path: str | Path) -> Domain:
                 "without pickled objects, in an undamaged file"
             ) from error
     try:
-        train = _array_source(found["x_train"], found["y_train"], part="train")
-        test = _array_source(found["x_test"], found["y_test"], part="test")
-        if train.images.shape[-1] != test.images.shape[-1]:
-            raise ValueError(
-                f"train has {train.images.shape[-1]} channels and test "
-                f"{test.images.shape[-1]}, expected one number"
-            )
+        sources = {
+            part: _array_source(found[f"x_{part}"], found[f"y_{part}"], part=part)
+            for part in parts
+        }
+        channels = {part: s.images.shape[-1] for part, s in sources.items()}
+        if len({*channels.values()}) > 1:
+            counts = " and ".join(f"{part} {n}" for part, n in channels.items())
+            raise ValueError(f"channels: found {counts}, expected one number")
         if "class_names" in found:
             names = found["class_names"]
             if names.ndim != 1 or names.dtype.kind != "U":
@@ -59,9 +63,11 @@ def load_npz(path: str | Path) -> Domain:
                     "expected unicode of shape (classes,)"
                 )
         else:
-            largest = max(train.labels.max(), test.labels.max())
+            largest = max(source.labels.max() for source in sources.values())
             names = np.arange(largest + 1).astype(str)
-        return Domain(path.stem, tuple(names.tolist()), train, test)
+        names = tuple(names.tolist())
+        train, test = sources["train"], sources["test"]
+        return Domain(path.stem, names, train, test, sources.get("val"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

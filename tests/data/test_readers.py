@@ -57,6 +57,14 @@ def test_npz(write):
     assert domain.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
 
 
+def test_npz_with_validation_data(write):
+    assert load_npz(write()).validation is None
+    images = arrays()["x_train"][3:5]
+    found = load_npz(write(x_val=images, y_val=np.array([2, 3]), class_names=None))
+    assert (found.validation[1].image == images[1]).all()
+    assert found.validation.labels.tolist() == [2, 3] and found.num_classes == 4
+
+
 def test_npz_without_names_or_channels(write):
     gray = arrays()["x_train"][..., 0]
     domain = load_npz(write(class_names=None, x_train=gray, x_test=gray[:2]))
@@ -74,7 +82,8 @@ def test_npz_without_names_or_channels(write):
         ({"y_test": np.array([0.5, 1])}, "test: labels: found float64"),
         ({"x_train": np.zeros((6, 4, 5, 3))}, "train: images: found dtype float64"),
         ({"x_test": np.zeros((2, 3, 4, 5), np.uint8)}, "test: .*channels-last"),
-        ({"x_test": np.zeros((2, 4, 5, 1), np.uint8)}, "3 channels and test 1"),
+        ({"x_test": np.zeros((2, 4, 5, 1), np.uint8)}, "found train 3 and test 1"),
+        ({"x_val": arrays()["x_test"]}, r"expected also \['y_val'\]"),
         ({"class_names": np.array(["ant", "bee"])}, "2 class names"),
         ({"class_names": np.array([1, 2, 3])}, "class_names: found int64"),
         ({"y_train": np.array([0, 1, 2, 0, 1, None])}, "without pickled objects"),
