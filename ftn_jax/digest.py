@@ -2,9 +2,10 @@
 
 The hash is a sum over the elements, so each device's part is summed where it is and
 only the sums meet: `sum w[i, j, ...] * a[i] * b[j] * ...` over the elements' bits as
-integers, modulo 2^64, with fixed odd weights for each axis (multilinear hashing,
-Carter and Wegman 1979; two sets of weights, so 128 bits). It tells any accident apart,
-one changed bit for certain; it is no defence against someone who builds a collision.
+integers of at most 32 bits, modulo 2^64, with fixed odd weights for each axis
+(multilinear hashing, Carter and Wegman 1979; two sets of weights, so 128 bits). It
+tells any accident apart, one changed bit for certain; it is no defence against someone
+who builds a collision.
 """
 
 import hashlib
@@ -90,9 +91,9 @@ def _sums_here(x: Any) -> UInt64[np.ndarray, "2"]:
 
 
 def _words(x: np.ndarray) -> np.ndarray:
-    """See the elements' bits as unsigned integers."""
-    if x.itemsize > 8:
-        return np.ascontiguousarray(x)[..., None].view(np.uint64)
+    """See the elements' bits as unsigned integers, wide elements as several."""
+    if x.itemsize > 4:  # of 64-bit words two changed signs would sum to nothing
+        return np.ascontiguousarray(x)[..., None].view(np.uint32)
     return x.view(f"u{x.itemsize}")
 
 

@@ -62,6 +62,8 @@ def test_of_several_differences_the_first_is_named(folder):
         (np.zeros(4, np.float16), np.zeros(4, jnp.bfloat16)),
         (np.zeros((0, 2)), np.zeros((2, 0))),
         (np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(2, 3)[::-1]),
+        (np.arange(1.0, 7.0), -np.arange(1.0, 7.0)),
+        (np.arange(1, 7, dtype=np.complex64) * 1j, np.arange(1, 7) * np.complex64(-1j)),
     ],
 )
 def test_fingerprint_sees(a, b):
