@@ -14,6 +14,7 @@ from jaxtyping import Int32, Num
 from ftn_jax.data.domain import Domain
 from ftn_jax.data.files import FileSource, require_files
 from ftn_jax.data.folders import check_classes
+from ftn_jax.data.stored import read_mat
 
 
 def load_cub(root: str | Path, *, crop: bool = True, margin: float = 0.0) -> Domain:
@@ -199,14 +200,6 @@ def _column(path: Path, ids: list[str]) -> list[str]:
 
 
 def _matlab(path: Path, key: str) -> np.ndarray:
-    from scipy.io import loadmat
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; extract the devkit whole")
-    try:
-        return loadmat(path, squeeze_me=True)[key]
-    # The reader meets damage with errors of many kinds.
-    except Exception as error:
-        raise ValueError(
-            f"{path}: cannot be read, or holds no {key!r} ({error}); get it again"
-        ) from error
+    return read_mat(path, key, squeeze=True)

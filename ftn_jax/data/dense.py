@@ -1,6 +1,5 @@
 """Sources of images with dense targets: arrays in memory, and BSDS500."""
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ftn_jax.data.domain import DenseExample, Domain
+from ftn_jax.data.files import decode_file
+from ftn_jax.data.stored import read_mat, read_npz
 
 ANNOTATORS = 10
 """Room for the annotators' maps of an image; BSDS500 has 4 to 9."""
@@ -106,10 +107,8 @@ class BSDSFolder:
         Raises:
             ValueError: where a file cannot be read or sizes differ; names it.
         """
-        from PIL import Image
-
         image_path, truth_path = self.paths[index]
-        image = np.asarray(Image.open(image_path).convert("RGB"))
+        image = decode_file(image_path)
         maps = _boundaries(truth_path)
         if maps.shape[:2] != image.shape[:2]:
             raise ValueError(
@@ -126,17 +125,11 @@ class BSDSFolder:
 
 
 def _boundaries(path: Path) -> UInt8[np.ndarray, "h w n"]:
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     try:
-        cells = loadmat(path)["groundTruth"].ravel()
+        cells = read_mat(path, "groundTruth").ravel()
         maps = [np.asarray(c["Boundaries"][0, 0], np.uint8) for c in cells]
         return np.stack(maps[:ANNOTATORS], axis=-1)
-    except (
-        *(KeyError, ValueError, IndexError, TypeError),
-        *(MatReadError, NotImplementedError, OSError),
-    ) as error:
+    except (ValueError, IndexError, TypeError) as error:
         raise ValueError(
             f"{path}: no BSDS500 truth ({error!r}), expected cells groundTruth with "
             "Boundaries"
@@ -168,21 +161,16 @@ def load_bsds(path: str | Path) -> Domain:
 
 
 def _from_npz(path: Path) -> tuple[DenseArrays, DenseArrays]:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file, or a damaged one; get it again")
-    with np.load(path, allow_pickle=False) as arrays:
-        expected = [f"{kind}_{split}" for split in _SPLITS for kind in ("x", "edge")]
-        if missing := [key for key in expected if key not in arrays.files]:
-            raise ValueError(f"{path}: found {arrays.files}, expected also {missing}")
-        images = {split: arrays[f"x_{split}"] for split in _SPLITS}
-        maps = {split: arrays[f"edge_{split}"] for split in _SPLITS}
+    names = [f"{kind}_{split}" for split in _SPLITS for kind in ("x", "edge")]
+    arrays = read_npz(path, names)
 
     def source(*splits: str) -> DenseArrays:
         try:
-            edge = np.concatenate([maps[s] for s in splits])[..., 0]
-            return DenseArrays(
-                np.concatenate([images[s] for s in splits]), {"edge": _share(edge)}
+            x, edge = (
+                np.concatenate([arrays[f"{kind}_{s}"] for s in splits])
+                for kind in ("x", "edge")
             )
+            return DenseArrays(x, {"edge": _share(edge[..., 0])})
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path}: {'+'.join(splits)}: {error}") from error
 

@@ -154,7 +154,7 @@ class Domain:
     chooses rates and epochs then takes it, and never the test examples.
 
     Raises:
-        ValueError: where a label has no class name.
+        ValueError: where a part has no example, or a label no class name.
     """
 
     name: str
@@ -168,6 +168,8 @@ class Domain:
             source: Source | None = getattr(self, part)
             if source is None:
                 continue
+            if not len(source):
+                raise ValueError(f"{self.name}: {part} has no example")
             low, high = source.labels.min(), source.labels.max()
             if low < 0 or high >= self.num_classes:
                 raise ValueError(

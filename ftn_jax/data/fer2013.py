@@ -1,6 +1,7 @@
 """FER2013: facial expressions, 48x48 gray, in one table of text."""
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,27 +35,24 @@ def load_fer2013(path: str | Path) -> Domain:
     path = find_fer2013(path)
     images: dict[str, list[bytes]] = {part: [] for part in _PARTS}
     labels: dict[str, list[int]] = {part: [] for part in _PARTS}
-    csv.field_size_limit(max(csv.field_size_limit(), 1 << 20))
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.reader(file)
-        # The second file writes a space after every comma of its header.
-        header = [name.strip() for name in next(rows, [])]
-        if missing := sorted({"emotion", "pixels", "Usage"} - set(header)):
+    rows = _rows(path)
+    # The second file writes a space after every comma of its header.
+    header = [name.strip() for name in next(rows, (1, []))[1]]
+    if missing := sorted({"emotion", "pixels", "Usage"} - set(header)):
+        raise ValueError(
+            f"{path}: found columns {header}, expected also {missing}; train.csv "
+            f"and test.csv of the same archive lack them: use {FILES[0]}"
+        )
+    emotion, pixels, usage = map(header.index, ("emotion", "pixels", "Usage"))
+    for number, row in rows:
+        try:
+            part = row[usage].strip()
+            images[part].append(_image(row[pixels]))
+            labels[part].append(_label(row[emotion]))
+        except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"{path}: found columns {header}, expected also {missing}; train.csv "
-                f"and test.csv of the same archive lack them: use {FILES[0]}"
-            )
-        emotion, pixels, usage = map(header.index, ("emotion", "pixels", "Usage"))
-        for row in rows:
-            try:
-                part = row[usage].strip()
-                images[part].append(_image(row[pixels]))
-                labels[part].append(_label(row[emotion]))
-            except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {rows.line_num}: {_problem(error)}; get the file "
-                    "again"
-                ) from error
+                f"{path}, line {number}: {_problem(error)}; get the file again"
+            ) from error
     if empty := [part for part in _PARTS if not labels[part]]:
         raise ValueError(
             f"{path}: found no row with Usage {empty}, expected all of {[*_PARTS]}; "
@@ -89,6 +87,20 @@ def find_fer2013(path: str | Path) -> Path:
         "the Kaggle challenge 'challenges-in-representation-learning-facial-"
         "expression-recognition-challenge' and extract it there"
     )
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row with the number of its line."""
+    csv.field_size_limit(max(csv.field_size_limit(), 1 << 20))
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file)
+        try:
+            for row in rows:
+                yield rows.line_num, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}, after line {rows.line_num}: {error}; get the file again"
+            ) from error
 
 
 def _image(text: str) -> bytes:

@@ -1,6 +1,7 @@
 """Image folders: one file per image, one folder per class, decoded when asked for."""
 
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ def load_folder(
     """Read a domain from `train/<class>/*.jpg` and `test/` (or `val/`) likewise.
 
     The class index is the place of the folder's name in sorted order. Images may lie
-    deeper within the class folder; hidden files and other kinds are passed over.
+    deeper within the class folder; what is hidden, and other kinds, are passed over.
     Where there are `test/` and `val/`, the latter is the domain's validation part.
 
     Args:
@@ -68,7 +69,9 @@ def load_folder(
         part: _folder_source(folder, names, skip_bad=skip_bad)
         for part, folder in parts.items()
     }
-    return Domain(path.resolve().name, tuple(names), **sources)
+    # Called as it was asked for, also where a link leads elsewhere.
+    name = os.path.basename(os.path.abspath(path))
+    return Domain(name, tuple(names), **sources)
 
 
 def check_classes(
@@ -117,7 +120,8 @@ def _folder_source(
         paths = sorted(
             p
             for p in (folder / name).rglob("*")
-            if p.suffix.lower() in _SUFFIXES and p.name[0] != "."
+            if p.suffix.lower() in _SUFFIXES
+            and not any(n[0] == "." for n in p.relative_to(folder).parts)
         )
         bad = _undecodable(paths) if skip_bad else []
         good = sorted(set(paths) - set(bad))

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from ftn_jax.data.domain import DenseExample
+from ftn_jax.data.stored import read_mat, read_npy
 
 Split = Literal["train", "val"]
 NYUD_TARGETS = ("semseg", "depth", "normals", "edge")
@@ -118,27 +119,13 @@ def _picture(path: Path, mode: str = "RGB") -> np.ndarray:
     try:
         with Image.open(path) as opened:
             return np.asarray(opened if mode == "" else opened.convert(mode))
-    except OSError as error:
+    except Exception as error:  # decoders meet damage with errors of any kind
         raise ValueError(f"{path}: does not decode ({error})") from error
 
 
-def _values(path: Path, key: str = "") -> np.ndarray:
+def _values(path: Path, key: str) -> np.ndarray:
     """Read an `.npy` array, or one entry of a `.mat` file."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        return loadmat(path)[key]
-    except (
-        *(KeyError, ValueError, TypeError),
-        *(MatReadError, NotImplementedError, OSError),
-    ) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error!r}), expected "
-            + (f"the key {key!r}" if key else "a plain array")
-        ) from error
+    return read_npy(path) if path.suffix == ".npy" else read_mat(path, key)
 
 
 def _semseg(path: Path) -> np.ndarray:
@@ -162,14 +149,14 @@ def _depth(path: Path) -> np.ndarray:
 def _normals(path: Path) -> np.ndarray:
     if path.suffix == ".jpg":
         return 2 * _picture(path).astype(np.float32) / 255 - 1
-    normals = _values(path).astype(np.float32)
+    normals = read_npy(path).astype(np.float32)
     return np.where(np.isfinite(normals).all(-1, keepdims=True), normals, np.float32(0))
 
 
 def _edge(path: Path) -> np.ndarray:
     if path.suffix == ".png":
         return _picture(path, "L").astype(np.float32) / 255
-    return np.squeeze(_values(path)).astype(np.float32)
+    return np.squeeze(read_npy(path)).astype(np.float32)
 
 
 _READERS = {"semseg": _semseg, "depth": _depth, "normals": _normals, "edge": _edge}

@@ -1,8 +1,6 @@
 """Readers of domains: `.npz` files, scikit-learn's digits, and whatever lies there."""
 
 import logging
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from jaxtyping import Integer, UInt8
 from ftn_jax.data.domain import ArraySource, Domain, split
 from ftn_jax.data.fer2013 import FILES, load_fer2013
 from ftn_jax.data.folders import load_folder
+from ftn_jax.data.stored import npz_keys, read_npz
 
 _LOG = logging.getLogger(__name__)
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -30,22 +29,10 @@ def load_npz(path: str | Path) -> Domain:
             are not as above; the message names the file.
     """
     path = Path(path)
-    with _open_npz(path) as arrays:
-        parts = ("train", "test", *(["val"] if "x_val" in arrays.files else []))
-        keys = [f"{axis}_{part}" for part in parts for axis in "xy"]
-        if missing := [key for key in keys if key not in arrays.files]:
-            raise ValueError(
-                f"{path}: found keys {sorted(arrays.files)}, expected also {missing}; "
-                "a file without class labels is not a classification domain"
-            )
-        try:
-            wanted = (*keys, "class_names")
-            found = {key: arrays[key] for key in wanted if key in arrays.files}
-        except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path}: an array cannot be read ({error}); expected plain arrays "
-                "without pickled objects, in an undamaged file"
-            ) from error
+    has_val = "x_val" in npz_keys(path)
+    parts = ("train", "test", *(["val"] if has_val else []))
+    keys = [f"{axis}_{part}" for part in parts for axis in "xy"]
+    found = read_npz(path, keys, optional=("class_names",))
     try:
         sources = {
             part: _array_source(found[f"x_{part}"], found[f"y_{part}"], part=part)
@@ -143,15 +130,6 @@ def find_domains(
     return {name: found[name] for name in names}
 
 
-def _open_npz(path: Path) -> np.lib.npyio.NpzFile:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, expected an .npz file")
-    # A zip that np.load does not see as one, it takes for a pickle: look first.
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not an .npz file, or a damaged one; get it again")
-    return np.load(path, allow_pickle=False)
-
-
 def _is_domain(path: Path) -> bool:
     if path.is_dir():
         return (path / "train").is_dir()
@@ -160,8 +138,7 @@ def _is_domain(path: Path) -> bool:
     if path.suffix != ".npz":
         return False
     try:
-        with _open_npz(path) as arrays:
-            return set(_KEYS) <= set(arrays.files)
+        return {*_KEYS} <= {*npz_keys(path)}
     except ValueError as error:
         _LOG.warning("passed over: %s", error)
         return False

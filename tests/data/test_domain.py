@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ftn_jax.data import ArraySource, Domain, Subset, digest, limit, split
+from ftn_jax.data import ArraySource, Domain, FileSource, Subset, digest, limit, split
 
 
 def make_source(sizes, seed=0):
@@ -61,6 +61,8 @@ def test_domain_counts_and_checks_classes():
         ValueError, match=r"d: train has labels 0\.\.2, expected 0\.\.1"
     ):
         Domain("d", ("a", "b"), source, source)
+    with pytest.raises(ValueError, match="d: test has no example"):
+        Domain("d", ("a", "b", "c"), source, FileSource([], []))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.9])

@@ -130,6 +130,7 @@ def folder(tmp_path):
     (root / "train/apple/notes.txt").write_text("no image")
     (root / "train/apple/._a.png").write_text("no image")
     (root / "train/.cache").mkdir()
+    save_image(root / "train/apple/.ipynb_checkpoints/a-checkpoint.png", 50)
     return root
 
 
@@ -143,6 +144,13 @@ def test_folder(folder):
     image, label = domain.train[3]
     assert (image == [9, 8, 7]).all()
     assert (image.shape, image.dtype, label) == ((5, 6, 3), np.uint8, 1)
+
+
+def test_a_link_to_a_folder_has_its_own_name(folder, tmp_path):
+    """Domains are chosen, checked and cropped by their names."""
+    (tmp_path / "cubs_cropped").symlink_to(folder)
+    assert load_folder(tmp_path / "cubs_cropped").name == "cubs_cropped"
+    assert load_folder(folder / "train" / "..").name == "fruit"
 
 
 def test_folder_feeds_batches(folder):
@@ -326,7 +334,7 @@ def test_real_domain_has_its_counts(data_dir, name):
 @pytest.mark.data
 def test_real_folder_holds_these_domains_and_a_dense_file(data_dir):
     assert set(find_domains(data_dir / "domains")) == set(COUNTS)
-    with pytest.raises(ValueError, match="not a classification domain"):
+    with pytest.raises(ValueError, match=r"expected also \['y_train', 'y_test'\]"):
         load_npz(data_dir / "domains" / "bsds500_edges_80x120.npz")
 
 
