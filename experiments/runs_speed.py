@@ -2,16 +2,15 @@
 
     python -m experiments.runs_speed
 
-Eight runs of FTN on one backbone, trained for some steps on the same batches, timed from
-the first compilation to the last step:
+Eight runs of FTN on one backbone, trained for some steps on the same batch, timed
+from the first compilation to the last step:
 
 - `Together`: all runs by one program (`ftn_jax.runs`).
-- separate seeds: one run after the other, the step compiled once for all of them, which
-  is the best that a loop over seeds in one process does.
+- separate seeds: one run after the other in one process, the step compiled once.
 - separate ranks: one run after the other, the step compiled for each rank.
 
-Each round times every row; nothing compiled is kept between rows or rounds, in memory or
-on disk. Ratios are taken within a round, medians over the rounds. Writes
+Each round times every row; nothing compiled is kept between rows or rounds, in memory
+or on disk. Ratios are taken within a round, medians over the rounds. Writes
 `runs_speed.json` under the workdir.
 """
 

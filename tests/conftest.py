@@ -1,8 +1,6 @@
 """Fixtures and switches for every test."""
 
-import gc
 import os
-import warnings
 from pathlib import Path
 
 import jax
@@ -67,12 +65,3 @@ def forks(tmp_path_factory):
     cache = tmp_path_factory.mktemp("compiled")
     with Forks(cache, "job_program", "kill_program") as forks:
         yield forks
-
-
-@pytest.fixture
-def unawaited():
-    """Collect what Orbax leaves of a failed save or restore: coroutines, unawaited."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-        gc.collect()

@@ -21,7 +21,14 @@ from ftn_jax import restore_task
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
-MEASURING = ("durability", "input_speed", "parameters", "serving", "speed")
+MEASURING = (
+    "durability",
+    "input_speed",
+    "parameters",
+    "runs_speed",
+    "serving",
+    "speed",
+)
 GENERATING = ("biggan32", "seasons")  # test_seasons.py runs them
 TRAINING = [name for name in NAMES if name not in (*MEASURING, *GENERATING)]
 

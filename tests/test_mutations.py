@@ -102,8 +102,7 @@ def saved(tmp_path_factory):
     return place, state
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_mutated_training_state_is_refused_or_right(saved, tmp_path, unawaited):
+def test_a_mutated_training_state_is_refused_or_right(saved, tmp_path):
     place, last = saved
     rng, refused, gone = random.Random(2), 0, 0
     _, fresh, _ = setup()

@@ -137,3 +137,14 @@ def test_speed_measures_what_it_says(tmp_path, capsys):
     assert (tmp_path / "speed.md").read_text() in capsys.readouterr().out
     with pytest.raises(ValueError, match="--methods nonsense: unknown"):
         module.main(replace(cfg, methods=("nonsense",)))
+
+
+@pytest.mark.slow
+def test_runs_speed_times_both_forms(tmp_path):
+    module = load("runs_speed")
+    cfg = replace(module.Config.tiny(), workdir=tmp_path)
+    result = module.main(cfg)
+    assert json.loads((tmp_path / "runs_speed.json").read_text()) == result
+    assert {len(s) for s in result["seconds"].values()} == {cfg.rounds}
+    # Two programs are compiled for two ranks, one for runs that go together.
+    assert result["ratios"]["ranks"] < result["ratios"]["seeds"]

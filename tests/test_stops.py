@@ -33,8 +33,7 @@ def no_room(size=1):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_leaves_the_state_before(tmp_path, unawaited):
+def test_a_full_disk_leaves_the_state_before(tmp_path):
     shared, state, step = setup()
     folder = StateFolder(tmp_path / "run")
     one, _ = jax.jit(step)(shared, state, batch(seed=1))
