@@ -88,14 +88,18 @@ class Config:
     """Steps of inverting held-out images, the generator fixed."""
     batch_size: int = 64
     """Images per step."""
-    factor_rate: float = 0.05
-    """Adam's peak rate of factors (the paper's)."""
+    factor_rates: tuple[float, ...] = (0.05,)
+    """Adam's peak rates of factors (default: the paper's); the one that comes nearest
+    to the training images is kept, for each domain by itself."""
     linear_rate: float = 1e-3
     """Adam's peak rate of linear layers (the paper's)."""
-    weight_rate: float = 1e-3
-    """Adam's peak rate of a generator that is trained whole."""
+    weight_rates: tuple[float, ...] = (1e-3,)
+    """Likewise of a generator that is trained whole."""
+    alone_rates: tuple[float, ...] = (0.05,)
+    """Likewise of latents alone."""
     latent_rate: float = 0.05
-    """Adam's peak rate of latents (the paper gives none)."""
+    """Adam's peak rate of latents beside a delta, and of held-out images' (the paper
+    gives none)."""
     z_std: float = 1.0
     """Standard deviation of the latents' start; 1 is how the generator was trained."""
     p: float = 2.0
@@ -179,13 +183,18 @@ def recipe(cfg: Config, steps: int, rates: dict[str, float]) -> Inversion:
 
 
 def contenders(cfg: Config, generator: Generator) -> dict[str, Contender]:
-    """List the rows of the table: rules of the delta, and rates."""
+    """List the rows of the table: rules of the delta, and candidate rates."""
     latents = {GROUP: cfg.latent_rate}
-    whole = generator_fine_tuning(), latents | {"linear": cfg.weight_rate}
+    whole = (
+        generator_fine_tuning(),
+        [latents | {"linear": rate} for rate in cfg.weight_rates],
+    )
     rows = {}
     for method in cfg.methods:
         if method == "latents":
-            rows["latents only"] = Contender({}, latents)
+            rows["latents only"] = Contender(
+                {}, [{GROUP: rate} for rate in cfg.alone_rates]
+            )
         elif method == "joint":
             rows["one generator for all"] = Contender(*whole, together=True)
         elif method == "each":
@@ -201,8 +210,11 @@ def contenders(cfg: Config, generator: Generator) -> dict[str, Contender]:
                     embedding=cfg.embedding and not cfg.class_vectors,
                     attention=has_attention(generator.params),
                 )
-                rates = {"factors": cfg.factor_rate, "linear": cfg.linear_rate}
-                rows[f"FTN R={rank}"] = Contender(rules, latents | rates)
+                rates = [
+                    latents | {"factors": rate, "linear": cfg.linear_rate}
+                    for rate in cfg.factor_rates
+                ]
+                rows[f"FTN R={rank}"] = Contender(rules, rates)
     return rows
 
 

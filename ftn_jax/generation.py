@@ -15,6 +15,7 @@ from ftn_jax.apply import Apply, from_linen
 from ftn_jax.checkpoint import fingerprint, save_task
 from ftn_jax.command import progress_bar
 from ftn_jax.core import Rules, count, materialize
+from ftn_jax.fit import NonFiniteLoss
 from ftn_jax.invert import Drawer, Inversion, Inverted, Inverter, in_range
 from ftn_jax.latents import beside, for_file, make_latents, tables
 from ftn_jax.models import BigGAN
@@ -56,12 +57,14 @@ class Contender(NamedTuple):
 
     Attributes:
         rules: of the delta over the generator; `{}` for none.
-        rates: Adam's, of latents and of the delta's groups.
+        rates: Adam's, of latents and of the delta's groups, one mapping for each
+            candidate; the one with the best PSNR of training images is kept, for each
+            delta by itself.
         together: whether one delta serves all domains, trained on all of them.
     """
 
     rules: Rules
-    rates: dict[str, float]
+    rates: Sequence[Mapping[str, float]]
     together: bool = False
 
 
@@ -153,21 +156,22 @@ class Study:
 
         Raises:
             ValueError: if they hold a row of another generator or of other images.
-            NonFiniteLoss: if a loss is not finite.
+            NonFiniteLoss: if no candidate of a row is fitted to the end.
         """
         for name, contender in contenders.items():
             groups = [domains] if contender.together else [[d] for d in domains]
             recipe = replace(
                 self.recipe,
-                rates=contender.rates,
+                rates=contender.rates[0],
                 # One step of each domain's own for every step they take together.
                 steps=self.recipe.steps * len(groups[0]),
             )
             inverter = Inverter(self._apply, contender.rules, recipe)
+            candidates = [inverter.at(rates) for rates in contender.rates]
             for group in groups:
                 inputs = self._inputs(group)
                 if not all(self._find(name, d.name, inputs) for d in group):
-                    self._fit(name, inverter, group, inputs)
+                    self._fit(name, candidates, group, inputs)
 
     def _inputs(self, group: Sequence[Images]) -> str:
         return short_hash(self._network, *(x.tobytes() for d in group for x in d[1:]))
@@ -178,12 +182,17 @@ class Study:
         return None not in found
 
     def _fit(
-        self, name: str, inverter: Inverter, group: Sequence[Images], inputs: str
+        self,
+        name: str,
+        candidates: Sequence[Inverter],
+        group: Sequence[Images],
+        inputs: str,
     ) -> None:
         """Fit one delta and the latents of the domains that share it."""
         images = np.concatenate([d.train for d in group])
         title = f"{' + '.join(d.name for d in group)} / {name}"
-        found = self._invert(inverter, self.generator, images, title, inputs)
+        found, details = self._best(candidates, images, title, inputs)
+        details["fitted"] = [d.name for d in group]
         delta, state = found.task.delta["generator"], found.task.model_state
         adapted = self.generator._replace(
             params=materialize(self.generator.params, delta), model_state=state
@@ -193,7 +202,7 @@ class Study:
             rows = slice(first, first := first + len(domain.train))
             own = {k: table[rows] for k, table in tables(found.task.delta).items()}
             task = Task(beside(delta, make_latents(**own)), state)
-            self._finish(name, domain.name, domain.train, task, found, delta, inputs)
+            self._finish(name, domain.name, domain.train, task, found, inputs, details)
             label = domain.name + HELD_OUT
             outside = self._invert(
                 self._outside, adapted, domain.held_out, f"{label} / {name}", inputs
@@ -202,8 +211,34 @@ class Study:
             task = Task(
                 beside(delta, make_latents(**tables(outside.task.delta))), state
             )
-            self._finish(name, label, domain.held_out, task, outside, delta, inputs)
+            self._finish(name, label, domain.held_out, task, outside, inputs, {})
         shutil.rmtree(self.workdir / "state", ignore_errors=True)
+
+    def _best(
+        self,
+        candidates: Sequence[Inverter],
+        images: UInt8[np.ndarray, "n h w 3"],
+        title: str,
+        inputs: str,
+    ) -> tuple[Inverted, dict[str, Any]]:
+        """Fit with each candidate; keep the one that comes nearest to the images."""
+        best: Inverted | None = None
+        failure: NonFiniteLoss | None = None
+        tried = []
+        for candidate in candidates:
+            rates = dict(sorted(candidate.recipe.rates.items()))
+            try:
+                found = self._invert(candidate, self.generator, images, title, inputs)
+            except NonFiniteLoss as error:
+                failure = error
+                continue
+            tried.append({"rates": rates, "psnr": found.reached[1]})
+            if best is None or found.reached[1] > best.reached[1]:
+                best = found
+        if best is None:
+            assert failure is not None
+            raise failure
+        return best, {"candidates": tried, "kept_step": best.reached[0]}
 
     def _invert(
         self,
@@ -235,14 +270,14 @@ class Study:
         images: UInt8[np.ndarray, "n h w 3"],
         task: Task,
         found: Inverted,
-        delta: Any,
         inputs: str,
+        details: Mapping[str, Any],
     ) -> None:
         """Measure, save and note one set of images."""
         drawn = self.drawer(self.generator.params, task)
         values = np.asarray(psnr(jnp.asarray(drawn), jnp.asarray(in_range(images))))
-        parts = count(delta)
-        details = {"images": len(images), "std": float(values.std())}
+        parts = count(task.delta["generator"])
+        details = {"images": len(images), "std": float(values.std()), **details}
         save_task(
             self.place(name, label),
             for_file(task),

@@ -1,6 +1,7 @@
 """What a study of a generator came to: a table, and pictures from its saved tasks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,15 +67,16 @@ def draw_study(
         ):
             rows = {f"{label}: originals": in_range(images[:columns])}
             for method in methods:
-                task, curve = _restore(study, method, label)
+                task, about = _restore(study, method, label)
                 rows[method] = study.drawer(study.generator.params, task)[:columns]
                 if label == domain.name:
-                    curves[method] = curve
+                    of = " (mean of all)" if len(about["fitted"]) > 1 else ""
+                    curves[method + of] = about["curve"]
             draw_grid(rows, workdir / f"grid_{slug(label)}.png")
         draw_curves(
             curves,
             workdir / f"curves_{slug(domain.name)}.png",
-            y="PSNR of training batches, dB",
+            y="mean PSNR of training images, dB",
             title=domain.name,
         )
     for method in methods:
@@ -82,9 +84,10 @@ def draw_study(
         draw_grid(rows, workdir / f"walk_{slug(method)}.png")
 
 
-def _restore(study: Study, method: str, label: str) -> tuple[Task, list]:
+def _restore(study: Study, method: str, label: str) -> tuple[Task, Any]:
+    """Open a fitted set of images; return what its file tells of it, too."""
     saved = restore_task(study.place(method, label), study.generator.params)
-    return from_file(saved.task), saved.metadata["curve"]
+    return from_file(saved.task), saved.metadata
 
 
 def _walk(study: Study, method: str, label: str, steps: int) -> np.ndarray:

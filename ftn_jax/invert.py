@@ -1,14 +1,16 @@
 """Invert a generator: fit latents to images, alone or together with a delta."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ftn_jax import metrics
 from ftn_jax.apply import Apply
 from ftn_jax.core import Rules, make_delta
 from ftn_jax.data import ArraySource, Normalize, eval_batches, train_batches
@@ -18,6 +20,7 @@ from ftn_jax.latents import GROUP, beside, make_latents, tables, with_latents
 from ftn_jax.optimizer import Schedule, make_optimizer
 from ftn_jax.reconstruction import p_norm
 from ftn_jax.resume import StateFolder
+from ftn_jax.selection import Best
 from ftn_jax.train import Task, TaskState, make_eval_step, make_train_step
 
 RANGE = Normalize(mean=(0.5,), std=(0.5,))
@@ -39,7 +42,8 @@ class Inversion:
         p: exponent of the loss.
         frozen_stats: whether BatchNorm uses the generator's running statistics; if
             not, an image depends on those it is drawn with.
-        look_every: steps between two looks at the mean PSNR of the training batches.
+        look_every: steps between two looks at the mean PSNR of all images; the best
+            state seen is kept, of which the start is one.
         patience: stop when so many looks in a row brought no gain; 0 never stops.
         min_gain: what counts as a gain, dB.
     """
@@ -62,9 +66,8 @@ class Inverted(NamedTuple):
 
     Attributes:
         task: delta over the generator and tables of latents, see `ftn_jax.latents`.
-        curve: steps taken and mean PSNR (dB) of the training batches since the last
-            point.
-        steps: steps taken.
+        curve: at every look, the steps taken and the images' mean PSNR (dB).
+        steps: steps taken; the task is the best of the curve.
         seconds: wall-clock of this call.
     """
 
@@ -72,6 +75,11 @@ class Inverted(NamedTuple):
     curve: list[tuple[int, float]]
     steps: int
     seconds: float
+
+    @property
+    def reached(self) -> tuple[int, float]:
+        """The step of the task that was kept, and its images' mean PSNR (dB)."""
+        return max(self.curve, key=lambda point: point[1])
 
 
 class Inverter:
@@ -103,20 +111,33 @@ class Inverter:
         """
         self.rules, self.recipe = rules, recipe
         loss, run = p_norm(recipe.p), with_latents(forward)
-        self._tx = make_optimizer(
-            recipe.rates,
-            steps=recipe.steps,
-            schedule=recipe.schedule,
-            adam=tuple(recipe.rates),
-        )
         step = make_train_step(
             apply,
-            self._tx,
+            self._optimizer(),
             loss=loss,
             forward=run,
             frozen_stats=recipe.frozen_stats,
         )
         self._step = jax.jit(step, donate_argnums=1)
+        self._look = jax.jit(make_eval_step(apply, metrics=loss, forward=run))
+
+    def at(self, rates: Mapping[str, float]) -> Self:
+        """Return the same inverter at other peak rates of the same groups.
+
+        Rates are numbers in the optimizer's state: the two share their compiled steps.
+        """
+        other = copy(self)
+        other.recipe = replace(self.recipe, rates=rates)
+        return other
+
+    def _optimizer(self) -> Any:
+        recipe = self.recipe
+        return make_optimizer(
+            recipe.rates,
+            steps=recipe.steps,
+            schedule=recipe.schedule,
+            adam=tuple(recipe.rates),
+        )
 
     def start(
         self,
@@ -131,7 +152,7 @@ class Inverter:
         delta = beside(
             make_delta(delta_key, shared, self.rules), make_latents(**latents)
         )
-        return TaskState.create(delta, model_state, tx=self._tx, key=key)
+        return TaskState.create(delta, model_state, tx=self._optimizer(), key=key)
 
     def run(
         self,
@@ -166,16 +187,26 @@ class Inverter:
             state, progress = folder.restore_with_progress(state) or (state, progress)
         curve: list[tuple[int, float]] = [(s, v) for s, v in progress.get("curve", [])]
 
-        def log(step: int, means: dict[str, float]) -> None:
-            curve.append((step, means["psnr"]))
-            if on_log:
-                on_log(step, means)
+        kept = folder and folder.of("best")
+        best = Best(
+            lambda task: self._score(shared, task, source),
+            lambda new, old: new["psnr"] > old["psnr"],
+            kept,
+        )
+        best.resume(state)
+
+        def look(state: TaskState) -> None:
+            if not curve or curve[-1][0] < int(state.step):
+                curve.append((int(state.step), best.see(state)["psnr"]))
 
         def save(state: TaskState, *, progress: Mapping[str, Any], wait: bool) -> None:
-            assert folder is not None
+            assert folder and kept
+            kept.wait()  # no state without the best one before it
             folder.save(state, progress={**progress, "curve": curve}, wait=wait)
 
         saved = time.monotonic()
+        if int(state.step) % recipe.look_every == 0:
+            look(state)
         while int(state.step) < recipe.steps and not self._stops(curve):
             # From look to look: what was seen at the last decides on going on.
             ahead = recipe.look_every - int(state.step) % recipe.look_every
@@ -185,12 +216,13 @@ class Inverter:
                 state,
                 lambda first: _indexed(source, recipe.batch_size, seed, first),
                 steps=min(int(state.step) + ahead, recipe.steps),
-                on_log=log,
+                on_log=on_log,
                 log_every=recipe.look_every,
                 save=save if folder else None,
                 progress=progress,
             )
             progress = {}  # of an unfinished look
+            look(state)
             if folder and time.monotonic() - saved > _SAVE_EVERY_S:
                 save(state, progress={}, wait=False)
                 saved = time.monotonic()
@@ -198,7 +230,16 @@ class Inverter:
             save(state, progress={}, wait=True)
             folder.close()
         seconds = time.perf_counter() - began
-        return Inverted(state.task, curve, int(state.step), seconds)
+        return Inverted(best.close().task, curve, int(state.step), seconds)
+
+    def _score(self, shared: Any, task: Task, source: ArraySource) -> dict[str, float]:
+        """Measure all images, the last batch padded."""
+        total = None
+        for batch in _renamed(
+            eval_batches(source, batch_size=self.recipe.batch_size, transform=RANGE)
+        ):
+            total = metrics.add(total, self._look(shared, task, batch))
+        return metrics.means(total or {})
 
     def _stops(self, curve: list[tuple[int, float]]) -> bool:
         """Tell whether the last `patience` looks all were without a gain."""
@@ -248,14 +289,22 @@ def _source(images: Any, latents: Mapping[str, Any]) -> ArraySource:
     return ArraySource(images, np.arange(len(images)))
 
 
-def _indexed(source: ArraySource, batch_size: int, seed: int, first: int) -> Any:
-    stream = train_batches(
-        source,
-        batch_size=batch_size,
-        transform=RANGE,
-        seed=seed,
-        start_step=first,
+def _indexed(
+    source: ArraySource, batch_size: int, seed: int, first: int
+) -> Iterator[Mapping[str, Any]]:
+    return _renamed(
+        train_batches(
+            source,
+            batch_size=batch_size,
+            transform=RANGE,
+            seed=seed,
+            start_step=first,
+        )
     )
+
+
+def _renamed(stream: Iterator[Any]) -> Iterator[Mapping[str, Any]]:
+    """Call what the source holds as labels by its name here."""
     for batch in stream:
         yield {"index": batch.pop("label"), **batch}
 

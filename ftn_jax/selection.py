@@ -44,13 +44,14 @@ class Best:
         if state:
             self._state, self._scores = state, self._score(state.task)
 
-    def see(self, state: TaskState) -> None:
-        """Look at a state; keep a copy of the best, since the next step donates it."""
+    def see(self, state: TaskState) -> Mapping[str, float]:
+        """Score a state; keep a copy of the best, since the next step donates it."""
         scores: Any = self._score(state.task)
         if self._scores is None or self._better(scores, self._scores):
             self._state, self._scores = jax.tree.map(jnp.copy, state), scores
             if self._folder:
                 self._folder.save(state)
+        return scores
 
     def close(self) -> TaskState:
         """Let go of the folder; return the best state.

@@ -100,8 +100,11 @@ def test_latents_and_a_delta_fit_better_than_latents_alone(
         for t in (task, alone.task, found.task)
     ]
     assert values[0] + 1 < values[1] < values[2] - 1
-    assert [step for step, _ in found.curve] == [10, 20, 30, 40] and found.steps == 40
-    assert found.curve[-1][1] > found.curve[0][1]
+    assert [step for step, _ in found.curve] == [0, 10, 20, 30, 40]
+    assert found.steps == 40
+    assert found.curve[-1][1] > found.curve[0][1] + 1
+    kept = mean_psnr(drawer, generator[0], found.task, images)
+    np.testing.assert_allclose(found.reached[1], kept, atol=1e-4)
 
 
 def test_a_saved_task_draws_the_same_bits(found, generator, drawer, tmp_path):
@@ -153,10 +156,20 @@ def test_an_interrupted_inversion_ends_with_the_same_bits(
 
 
 def test_it_stops_when_nothing_is_gained(inverter, generator, images, start):
-    recipe = replace(RECIPE, patience=1, min_gain=100.0)
-    stopping = Inverter(APPLY, RULES, recipe)
-    stopping._step = inverter._step  # the same program: only the loop differs
-    assert stopping.run(*generator, images, start).steps == 20
+    stopping = inverter.at(RECIPE.rates)  # the same program: only the loop differs
+    stopping.recipe = replace(RECIPE, patience=1, min_gain=100.0)
+    assert stopping.run(*generator, images, start).steps == 10
+
+
+def test_a_run_that_diverges_ends_with_the_best_it_saw(
+    inverter, generator, images, start, drawer
+):
+    rates = {"factors": 3.0, "linear": 3.0, "latents": 0.05}
+    diverged = inverter.at(rates).run(*generator, images, start)
+    values = [value for _, value in diverged.curve]
+    assert min(values[-2:]) < values[0] - 1  # worse than the frozen generator
+    kept = mean_psnr(drawer, generator[0], diverged.task, images)
+    np.testing.assert_allclose(kept, max(values), atol=1e-4)
 
 
 def test_the_factored_path_agrees_on_the_generator(generator, images, start):
