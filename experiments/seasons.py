@@ -89,17 +89,21 @@ class Config:
     batch_size: int = 64
     """Images per step."""
     factor_rates: tuple[float, ...] = (0.05,)
-    """Adam's peak rates of factors (default: the paper's); the one that comes nearest
-    to the training images is kept, for each domain by itself."""
+    """Adam's peak rates of factors (default: the paper's); of several, for each domain
+    by itself, short runs choose the one that comes nearest to the training images."""
     linear_rate: float = 1e-3
     """Adam's peak rate of linear layers (the paper's)."""
     weight_rates: tuple[float, ...] = (1e-3,)
     """Likewise of a generator that is trained whole."""
     alone_rates: tuple[float, ...] = (0.05,)
     """Likewise of latents alone."""
+    choose_steps: int = 60
+    """Steps of the short runs."""
     latent_rate: float = 0.05
     """Adam's peak rate of latents beside a delta, and of held-out images' (the paper
     gives none)."""
+    warmup_steps: int = 20
+    """Steps in which all rates rise from zero (the paper gives none)."""
     z_std: float = 1.0
     """Standard deviation of the latents' start; 1 is how the generator was trained."""
     p: float = 2.0
@@ -136,6 +140,8 @@ class Config:
             max_images=8,
             held_out=8,
             steps=4,
+            choose_steps=2,
+            warmup_steps=1,
             held_out_steps=2,
             batch_size=4,
             fit="squash",
@@ -158,6 +164,7 @@ def main(cfg: Config) -> Results:
         recipe(cfg, cfg.steps, {}),
         held_out=recipe(cfg, cfg.held_out_steps, {GROUP: cfg.latent_rate}),
         start=Start(cfg.z_std, cfg.class_vectors, cfg.label),
+        choose_steps=cfg.choose_steps,
         seed=cfg.seed,
     )
     rows = contenders(cfg, generator)
@@ -175,6 +182,7 @@ def recipe(cfg: Config, steps: int, rates: dict[str, float]) -> Inversion:
         steps=steps,
         batch_size=cfg.batch_size,
         rates=rates,
+        warmup_steps=cfg.warmup_steps,
         p=cfg.p,
         frozen_stats=cfg.frozen_stats,
         patience=cfg.patience,

@@ -15,7 +15,6 @@ from ftn_jax.apply import Apply, from_linen
 from ftn_jax.checkpoint import fingerprint, save_task
 from ftn_jax.command import progress_bar
 from ftn_jax.core import Rules, count, materialize
-from ftn_jax.fit import NonFiniteLoss
 from ftn_jax.invert import Drawer, Inversion, Inverted, Inverter, in_range
 from ftn_jax.latents import beside, for_file, make_latents, tables
 from ftn_jax.models import BigGAN
@@ -58,8 +57,8 @@ class Contender(NamedTuple):
     Attributes:
         rules: of the delta over the generator; `{}` for none.
         rates: Adam's, of latents and of the delta's groups, one mapping for each
-            candidate; the one with the best PSNR of training images is kept, for each
-            delta by itself.
+            candidate. For each delta by itself, short runs choose among several: by
+            the PSNR of training images.
         together: whether one delta serves all domains, trained on all of them.
     """
 
@@ -120,6 +119,7 @@ class Study:
         *,
         held_out: Inversion,
         start: Start,
+        choose_steps: int = 60,
         seed: int = 0,
     ) -> None:
         """Prepare what all rows have in common.
@@ -130,6 +130,7 @@ class Study:
             recipe: how to fit training images; a contender's rates replace its own.
             held_out: how to fit held-out images' latents.
             start: where latents start.
+            choose_steps: steps of the short runs that choose rates.
             seed: of deltas, latents and the order of images.
 
         Raises:
@@ -141,7 +142,7 @@ class Study:
                 "classes"
             )
         self.generator, self.results, self.recipe = generator, results, recipe
-        self.start, self.seed = start, seed
+        self.start, self.choose_steps, self.seed = start, choose_steps, seed
         self.workdir = results.path.parent
         apply = from_linen(generator.model, inputs=("z", "y"))
         self._apply = of_label(apply, start.label)
@@ -156,7 +157,7 @@ class Study:
 
         Raises:
             ValueError: if they hold a row of another generator or of other images.
-            NonFiniteLoss: if no candidate of a row is fitted to the end.
+            NonFiniteLoss: if a loss is not finite.
         """
         for name, contender in contenders.items():
             groups = [domains] if contender.together else [[d] for d in domains]
@@ -167,11 +168,10 @@ class Study:
                 steps=self.recipe.steps * len(groups[0]),
             )
             inverter = Inverter(self._apply, contender.rules, recipe)
-            candidates = [inverter.at(rates) for rates in contender.rates]
             for group in groups:
                 inputs = self._inputs(group)
                 if not all(self._find(name, d.name, inputs) for d in group):
-                    self._fit(name, candidates, group, inputs)
+                    self._fit(name, inverter, contender.rates, group, inputs)
 
     def _inputs(self, group: Sequence[Images]) -> str:
         return short_hash(self._network, *(x.tobytes() for d in group for x in d[1:]))
@@ -184,15 +184,13 @@ class Study:
     def _fit(
         self,
         name: str,
-        candidates: Sequence[Inverter],
+        inverter: Inverter,
+        rates: Sequence[Mapping[str, float]],
         group: Sequence[Images],
         inputs: str,
     ) -> None:
         """Fit one delta and the latents of the domains that share it."""
-        images = np.concatenate([d.train for d in group])
-        title = f"{' + '.join(d.name for d in group)} / {name}"
-        found, details = self._best(candidates, images, title, inputs)
-        details["fitted"] = [d.name for d in group]
+        found, details = self._best(name, inverter, rates, group, inputs)
         delta, state = found.task.delta["generator"], found.task.model_state
         adapted = self.generator._replace(
             params=materialize(self.generator.params, delta), model_state=state
@@ -216,29 +214,30 @@ class Study:
 
     def _best(
         self,
-        candidates: Sequence[Inverter],
-        images: UInt8[np.ndarray, "n h w 3"],
-        title: str,
+        name: str,
+        inverter: Inverter,
+        rates: Sequence[Mapping[str, float]],
+        group: Sequence[Images],
         inputs: str,
     ) -> tuple[Inverted, dict[str, Any]]:
-        """Fit with each candidate; keep the one that comes nearest to the images."""
-        best: Inverted | None = None
-        failure: NonFiniteLoss | None = None
+        """Fit with the candidate whose short run comes nearest to the images."""
+        images = np.concatenate([d.train for d in group])
+        names = [d.name for d in group]
+        title = f"{' + '.join(names)} / {name}"
         tried = []
-        for candidate in candidates:
-            rates = dict(sorted(candidate.recipe.rates.items()))
-            try:
-                found = self._invert(candidate, self.generator, images, title, inputs)
-            except NonFiniteLoss as error:
-                failure = error
-                continue
-            tried.append({"rates": rates, "psnr": found.reached[1]})
-            if best is None or found.reached[1] > best.reached[1]:
-                best = found
-        if best is None:
-            assert failure is not None
-            raise failure
-        return best, {"candidates": tried, "kept_step": best.reached[0]}
+        for each in rates if len(rates) > 1 else []:
+            short = inverter.at(each, steps=self.choose_steps * len(group))
+            found = self._invert(short, self.generator, images, title, inputs)
+            tried.append({"rates": dict(each), "psnr": found.reached[1]})
+        if tried:
+            inverter = inverter.at(max(tried, key=lambda x: x["psnr"])["rates"])
+        found = self._invert(inverter, self.generator, images, title, inputs)
+        return found, {
+            "fitted": names,
+            "rates": dict(inverter.recipe.rates),
+            "candidates": tried,
+            "kept_step": found.reached[0],
+        }
 
     def _invert(
         self,

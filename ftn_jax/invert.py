@@ -39,6 +39,9 @@ class Inversion:
         batch_size: images per step.
         rates: Adam's peak rate of each optimizer group; latents are `"latents"`.
         schedule: of every rate, over all steps.
+        warmup_steps: steps of linear warm-up from zero. Adam's first steps move every
+            factor at its full rate at once; without a warm-up they can leave a
+            generator that draws one image for all latents, which has no gradient.
         p: exponent of the loss.
         frozen_stats: whether BatchNorm uses the generator's running statistics; if
             not, an image depends on those it is drawn with.
@@ -54,6 +57,7 @@ class Inversion:
         default_factory=lambda: {"factors": 0.05, "linear": 1e-3, GROUP: 0.05}
     )
     schedule: Schedule = "cosine"
+    warmup_steps: int = 0
     p: float = 2.0
     frozen_stats: bool = True
     look_every: int = 20
@@ -121,13 +125,16 @@ class Inverter:
         self._step = jax.jit(step, donate_argnums=1)
         self._look = jax.jit(make_eval_step(apply, metrics=loss, forward=run))
 
-    def at(self, rates: Mapping[str, float]) -> Self:
+    def at(self, rates: Mapping[str, float], *, steps: int | None = None) -> Self:
         """Return the same inverter at other peak rates of the same groups.
 
-        Rates are numbers in the optimizer's state: the two share their compiled steps.
+        Rates, and over how many steps they fall, are numbers in the optimizer's state:
+        the two share their compiled steps.
         """
         other = copy(self)
-        other.recipe = replace(self.recipe, rates=rates)
+        other.recipe = replace(
+            self.recipe, rates=rates, steps=steps or self.recipe.steps
+        )
         return other
 
     def _optimizer(self) -> Any:
@@ -136,6 +143,7 @@ class Inverter:
             recipe.rates,
             steps=recipe.steps,
             schedule=recipe.schedule,
+            warmup_steps=recipe.warmup_steps,
             adam=tuple(recipe.rates),
         )
 
