@@ -18,61 +18,53 @@ Expected order, from FTN (arXiv 2310.06124) Table 3 on NYUD (odsF): decoder only
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from experiments import tiny_darknet
+from experiments._dense import (
+    DenseConfig,
+    fill_table,
+    random_weights,
+    resnet,
+    under_decoder,
+)
 from experiments.tiny_darknet import TinyDarknet
 from ftn_jax.adapt import Recipe
 from ftn_jax.command import launch
-from ftn_jax.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Compose,
-    Domain,
-    Normalize,
-)
+from ftn_jax.data import IMAGENET_MEAN, IMAGENET_STD, Domain, Normalize
 from ftn_jax.data.dense import load_bsds
-from ftn_jax.data.joint import JointCrop, JointFlip, JointPad, JointScale
 from ftn_jax.data.scenes import scenes
 from ftn_jax.dense import edges
-from ftn_jax.dense.network import DenseBackbone, dense_backbone
-from ftn_jax.dense.pictures import plot_tasks, shared_by_method
-from ftn_jax.dense.table import dense_report, plot_curves
+from ftn_jax.dense.network import DenseBackbone
+from ftn_jax.dense.table import plot_curves
 from ftn_jax.models import RESNETS
-from ftn_jax.models.deeplab import DeepLab
 from ftn_jax.presets import RESNET, bn_head, fine_tuning, ftn
 from ftn_jax.presets.dense import decoder_only
-from ftn_jax.pretrained import load_resnet
 from ftn_jax.results import Results
-from ftn_jax.sweep import Contender, sweep
+from ftn_jax.sweep import Contender
 
 DARKNET = "tiny_darknet"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DenseConfig):
     """Settings of the edges experiment."""
 
     data: Path | None = None
     """BSDS500 as `.npz` or as its folder; without it, synthetic scenes."""
+    validation: bool = False
+    """Train on BSDS's training images alone: its validation images choose among
+    several rates. Without it they are trained on too."""
     backbone: str = DARKNET
     """tiny_darknet, or a name in ftn_jax.models.RESNETS."""
-    weights: Path | None = None
-    """Checkpoint of the backbone; without it the network is random."""
     workdir: Path = Path("runs/edges")
     """Folder for the table, the pictures and the saved tasks."""
     methods: tuple[str, ...] = ("decoder", "bn", "ftn", "single")
     """Rows of the table."""
-    ranks: tuple[int, ...] = (10,)
-    """Ranks of the FTN rows."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of init, data order and augmentation."""
     height: int = 80
     """Height of crops and of the evaluation, in pixels."""
     width: int = 120
@@ -86,41 +78,27 @@ class Config:
     low: str = "conv_2"
     """Shallow features: conv_2 of Tiny Darknet, layer1 of a ResNet."""
     decoder_width: int = 32
-    """Channels of the decoder; the papers' is 256."""
+    """Channels of the decoder; the papers' are 256."""
     low_width: int = 16
-    """Channels of the decoder's shallow branch; the papers' is 48."""
+    """Channels of the decoder's shallow branch; the papers' are 48."""
     rates: tuple[int, ...] = (2, 4, 6)
     """Dilations of the decoder's pyramid; the papers' are 6 12 18."""
-    output_stride: int = 16
-    """Of a ResNet with a 7x7 stem."""
     threshold: float = 0.3
     """Pixels that this share of the annotators marks are edges."""
     positive: float = 0.9
     """Weight of edges in the loss; that of other pixels is 1 less it."""
     max_dist: float = 0.0075
     """Largest distance of a match, as a share of the image's diagonal."""
-    thresholds: int = 99
-    """Thresholds of the benchmark."""
-    processes: int | None = None
-    """Worker processes of the benchmark; default: one for each CPU."""
-    max_train: int | None = None
-    """Use at most so many training images."""
-    max_test: int | None = None
-    """Use at most so many test images."""
-    validation: float = 0.0
-    """Share of the training images that chooses among several rates."""
     epochs: int = 40
     """Passes over the training images."""
-    batch_size: int = 8
-    """Images per step."""
-    decoder_rate: float = 5e-3
-    """Adam's peak rate of the decoder."""
-    norm_rate: float = 1e-3
-    """SGD's peak rate of the norms (the loss carries a weight of 50)."""
-    factor_rate: float = 5e-3
-    """Adam's peak rate of the factors."""
+    decoder_rates: tuple[float, ...] = (5e-3,)
+    """Adam's peak rates of the decoder; several are candidates, as of all groups."""
+    norm_rates: tuple[float, ...] = (1e-3,)
+    """SGD's peak rates of the norms (the loss carries a weight of 50)."""
+    factor_rates: tuple[float, ...] = (5e-3,)
+    """Adam's peak rates of the factors."""
     weight_rates: tuple[float, ...] = (1e-3,)
-    """SGD's peak rate of all weights, single task; several are candidates."""
+    """SGD's peak rates of all weights and norms, single task."""
 
     @classmethod
     def tiny(cls) -> "Config":
@@ -146,39 +124,16 @@ class Config:
 
 def load_backbone(cfg: Config) -> DenseBackbone:
     """Build DeepLab on the backbone and read its weights."""
-    if cfg.backbone == DARKNET:
-        model: Any = TinyDarknet(depth=cfg.depth)
-        kernels = "|".join(str(n) for n in range(2, cfg.depth + 1))
-        layers = tiny_darknet.LAYERS._replace(kernels=f"conv_({kernels})/kernel")
-    elif cfg.backbone in RESNETS:
-        imagenet = cfg.backbone in ("resnet18", "resnet34", "resnet50")
-        options = {"output_stride": cfg.output_stride} if imagenet else {}
-        model, layers = RESNETS[cfg.backbone](**options), RESNET
-    else:
+    if cfg.backbone in RESNETS:
+        return under_decoder(cfg, *resnet(cfg), RESNET)
+    if cfg.backbone != DARKNET:
         known = sorted({DARKNET, *RESNETS})
         raise ValueError(f"--backbone {cfg.backbone}: unknown, known are {known}")
-    if cfg.weights is None:
-        print("warning: no --weights: the backbone is random, the numbers mean little")
-        image = jnp.zeros((1, 64, 64, 3))
-        variables = model.init(jax.random.key(0), image, features=True)
-    elif cfg.backbone == DARKNET:
-        variables = tiny_darknet.load_weights(cfg.weights)
-    else:
-        params, batch_stats = load_resnet(cfg.weights, model)
-        variables = {"params": params, "batch_stats": batch_stats}
-
-    def make(outputs: int) -> DeepLab:
-        return DeepLab(
-            model,
-            outputs,
-            high=cfg.high,
-            low=cfg.low,
-            width=cfg.decoder_width,
-            low_width=cfg.low_width,
-            rates=cfg.rates,
-        )
-
-    return dense_backbone(make, variables, layers)
+    model = TinyDarknet(depth=cfg.depth)
+    kernels = "|".join(str(n) for n in range(2, cfg.depth + 1))
+    layers = tiny_darknet.LAYERS._replace(kernels=f"conv_({kernels})/kernel")
+    found = cfg.weights and tiny_darknet.load_weights(cfg.weights)
+    return under_decoder(cfg, model, found or random_weights(model), layers)
 
 
 def load_data(cfg: Config) -> Domain:
@@ -188,18 +143,22 @@ def load_data(cfg: Config) -> Domain:
         train = scenes(cfg.max_train or 200, size=size, seed=0, targets=("edge",))
         test = scenes(cfg.max_test or 50, size=size, seed=1, targets=("edge",))
         return Domain("edges", ("edge",), train, test)
-    return load_bsds(cfg.data).limited(train=cfg.max_train, test=cfg.max_test)
+    domain = load_bsds(cfg.data, validation=cfg.validation)
+    return domain.limited(train=cfg.max_train, test=cfg.max_test)
 
 
 def contenders(cfg: Config, network: DenseBackbone) -> dict[str, Contender]:
     """List the rows of the table."""
     layers = network.backbone.layers
-    head, norm = {"head": cfg.decoder_rate}, {"norm": cfg.norm_rate}
-    factors = {"factors": cfg.factor_rate}
+    head, norm = {"head": cfg.decoder_rates}, {"norm": cfg.norm_rates}
+    factors = {"factors": cfg.factor_rates}
 
-    def row(preset: Callable[..., Any], *rates: Any, **options: Any) -> Contender:
+    def row(preset: Callable[..., Any], rates: Any, **options: Any) -> Contender:
         method = partial(preset, layers, **options)
-        return Contender(lambda classes: method(classes=classes), rates)
+        grid = [dict(zip(rates, x, strict=True)) for x in product(*rates.values())]
+        if preset is fine_tuning:
+            grid = [each | {"norm": each["weights"]} for each in grid]
+        return Contender(lambda classes: method(classes=classes), grid)
 
     rows = {}
     for name in cfg.methods:
@@ -212,10 +171,8 @@ def contenders(cfg: Config, network: DenseBackbone) -> dict[str, Contender]:
                 label = f"FTN R={rank}"
                 rows[label] = row(ftn, head | norm | factors, rank=rank)
         elif name == "single":
-            rates = [
-                head | {"norm": rate, "weights": rate} for rate in cfg.weight_rates
-            ]
-            rows["single task"] = row(fine_tuning, *rates)
+            weights = {"weights": cfg.weight_rates}
+            rows["single task"] = row(fine_tuning, head | weights)
         else:
             raise ValueError(
                 f"--methods {name}: unknown, known are decoder, bn, ftn, single"
@@ -223,67 +180,36 @@ def contenders(cfg: Config, network: DenseBackbone) -> dict[str, Contender]:
     return rows
 
 
-def transforms(cfg: Config) -> tuple[Compose, Compose]:
-    """Make the training and the evaluation transform."""
-    size = (cfg.height, cfg.width)
-    last = Normalize() if cfg.backbone == DARKNET else _imagenet()
-    random = (JointScale(cfg.scales), JointCrop(*size), JointFlip(), last)
-    return Compose(random), Compose((JointPad(*size), last))
-
-
-def _imagenet() -> Normalize:
-    return Normalize(IMAGENET_MEAN, IMAGENET_STD)
-
-
 def main(cfg: Config) -> Results:
     """Train every row, judge it by the boundary benchmark, draw its edges."""
     domain, network = load_data(cfg), load_backbone(cfg)
-    measure = edges(
-        positive=cfg.positive,
-        threshold=cfg.threshold,
-        thresholds=cfg.thresholds,
-        max_dist=cfg.max_dist,
-        processes=cfg.processes,
-        title="boundary benchmark",
-    )
-    results = Results(
-        cfg.workdir,
-        experiment="edges",
-        config=asdict(cfg),
-        free=("data", "weights", "workdir", "methods", "ranks", "seeds", "processes"),
-    )
-    train, evaluation = transforms(cfg)
-    backbone, rows = network.backbone, contenders(cfg, network)
-    sweep(
-        backbone,
+    imagenet = Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    results = fill_table(
+        cfg,
+        "edges",
+        network,
         [domain],
-        rows,
-        results=results,
+        contenders(cfg, network),
+        {
+            domain.name: edges(
+                positive=cfg.positive,
+                threshold=cfg.threshold,
+                thresholds=cfg.thresholds,
+                max_dist=cfg.max_dist,
+                processes=cfg.processes,
+                title="boundary benchmark",
+            )
+        },
         recipe=Recipe(
             epochs=cfg.epochs,
             batch_size=cfg.batch_size,
             rates={},
             adam=("factors", "head"),
         ),
-        train_transform=train,
-        eval_transform=evaluation,
-        seeds=cfg.seeds,
-        validation=cfg.validation,
-        measures={domain.name: measure},
-        eval_batch_size=16,
-        workdir=cfg.workdir,
+        normalize=Normalize() if cfg.backbone == DARKNET else imagenet,
+        details=("oisF", "AP"),
     )
-    dense_report(results, {domain.name: measure}, details=("oisF", "AP"))
     plot_curves(results.rows, cfg.workdir / "curves.png")
-    plot_tasks(
-        {domain.name: measure},
-        backbone,
-        [domain],
-        shared_by_method(backbone, rows),
-        transform=evaluation,
-        workdir=cfg.workdir,
-        seed=cfg.seeds[0],
-    )
     return results
 
 

@@ -21,44 +21,31 @@ Not trained here on NYUD: the archives cannot be had offline.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
+from experiments._dense import DenseConfig, fill_table, resnet, under_decoder
 from ftn_jax.adapt import Recipe
 from ftn_jax.checkpoint import restore_task
 from ftn_jax.command import launch
-from ftn_jax.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Compose,
-    Domain,
-    Normalize,
-    Source,
-)
-from ftn_jax.data.joint import JointCrop, JointFlip, JointPad, JointScale
+from ftn_jax.data import IMAGENET_MEAN, IMAGENET_STD, Domain, Normalize, Source
 from ftn_jax.data.nyud import NYUD_CLASSES, NYUDFolder
 from ftn_jax.data.scenes import KINDS, scenes
 from ftn_jax.dense import depth, edges, normals, semseg
-from ftn_jax.dense.constant import constant_score
 from ftn_jax.dense.joint_tasks import compare_costs
 from ftn_jax.dense.measures import RMSE
-from ftn_jax.dense.network import DenseBackbone, dense_backbone
-from ftn_jax.dense.pictures import plot_tasks, shared_by_method
-from ftn_jax.dense.table import dense_report
+from ftn_jax.dense.network import DenseBackbone
+from ftn_jax.dense.pictures import shared_by_method
 from ftn_jax.measure import Measure
-from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
-from ftn_jax.models.deeplab import DeepLab
 from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.presets.dense import decoder_only
-from ftn_jax.pretrained import load_resnet
 from ftn_jax.results import Results
-from ftn_jax.sweep import Contender, slug, sweep
+from ftn_jax.sweep import Contender, slug
 
 TASKS = ("semseg", "depth", "normals", "edges")
 LABELS = {
@@ -71,68 +58,28 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DenseConfig):
     """Settings of the NYUD experiment."""
 
     data: Path | None = None
     """Folder NYUD_MT of either archive; without it, synthetic scenes."""
-    backbone: str = "resnet18"
-    """Name in ftn_jax.models.RESNETS."""
-    weights: str | None = None
-    """Checkpoint of the backbone; without it the network is random."""
     workdir: Path = Path("runs/nyud")
     """Folder for the table, the pictures and the saved tasks."""
     tasks: tuple[str, ...] = TASKS
     """Which of semseg, depth, normals, edges; all by default, one to train it alone."""
-    methods: tuple[str, ...] = (
-        "single",
-        "decoder",
-        "bn",
-        "series",
-        "parallel",
-        "rcm",
-        "ftn",
-    )
+    methods: tuple[str, ...] = ("single", "decoder", *(*LABELS,)[1:], "ftn")
     """Rows of the table."""
     ranks: tuple[int, ...] = (1, 10, 20, 30)
     """Ranks of the FTN rows."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of init, data order and augmentation."""
     schedule: Literal["sixty_epochs", "published_iterations"] = "sixty_epochs"
     """60 passes over the training images, or 19,875 iterations (200 passes)."""
     epochs: int | None = None
     """Passes over the training images, instead of the schedule's."""
-    batch_size: int = 8
-    """Images per step."""
-    height: int = 425
-    """Height of crops and of the evaluation, in pixels."""
-    width: int = 560
-    """Width of crops and of the evaluation, in pixels."""
-    scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-    """Factors of the random scaling."""
     classes: int = NYUD_CLASSES
     """41 with the background as a class (RCM, ASTMT), or 40 without it."""
     rmse: RMSE = "image_rmse_with_gaps"
     """Depth error: rmse pools all pixels, image_rmse averages over images, and
     image_rmse_with_gaps also counts missing pixels, as RCM's evaluation does."""
-    max_dist: float = 0.011
-    """Largest distance of matched edges, as a share of the diagonal."""
-    thresholds: int = 99
-    """Thresholds of the boundary benchmark."""
-    processes: int | None = None
-    """Worker processes of the boundary benchmark; default: one for each CPU."""
-    output_stride: int = 16
-    """Of a ResNet with a 7x7 stem: 16 or 8."""
-    high: str = "layer4"
-    """Deep features."""
-    low: str = "layer1"
-    """Shallow features."""
-    decoder_width: int = 256
-    """Channels of the decoders."""
-    low_width: int = 48
-    """Channels of the decoders' shallow branch."""
-    rates: tuple[int, ...] = (6, 12, 18)
-    """Dilations of the decoders' pyramid."""
     semseg_weight: float = 1.0
     """Weight of the segmentation loss."""
     depth_weight: float = 1.0
@@ -151,10 +98,6 @@ class Config:
     """Of everything but factors."""
     adam_decoder: bool = False
     """Train decoders by Adam at --factor-rate: for short runs, not the papers'."""
-    max_train: int | None = None
-    """Use at most so many training images."""
-    max_test: int | None = None
-    """Use at most so many test images."""
     joint: bool = False
     """Also measure all tasks in one program against one pass for each."""
 
@@ -189,28 +132,7 @@ def load_backbone(cfg: Config) -> DenseBackbone:
         raise ValueError(
             f"--backbone {cfg.backbone}: unknown, known are {sorted(RESNETS)}"
         )
-    strided = not cfg.backbone.startswith("cifar")
-    options = {"output_stride": cfg.output_stride} if strided else {}
-    model = RESNETS[cfg.backbone](**options)
-    if cfg.weights is None:
-        print("warning: no --weights: the backbone is random, the numbers mean little")
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    else:
-        params, batch_stats = load_resnet(cfg.weights, model)
-        variables = {"params": params, "batch_stats": batch_stats}
-
-    def make(outputs: int) -> DeepLab:
-        return DeepLab(
-            model,
-            outputs,
-            high=cfg.high,
-            low=cfg.low,
-            width=cfg.decoder_width,
-            low_width=cfg.low_width,
-            rates=cfg.rates,
-        )
-
-    return dense_backbone(make, variables, RESNET)
+    return under_decoder(cfg, *resnet(cfg), RESNET)
 
 
 def load_data(cfg: Config) -> list[Domain]:
@@ -298,13 +220,6 @@ def contenders(cfg: Config, network: DenseBackbone) -> dict[str, Contender]:
     return rows
 
 
-def transforms(cfg: Config) -> tuple[Compose, Compose]:
-    """Make the training and the evaluation transform."""
-    size, last = (cfg.height, cfg.width), Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    random = (JointScale(cfg.scales), JointCrop(*size), JointFlip(), last)
-    return Compose(random), Compose((JointPad(*size), last))
-
-
 def epochs(cfg: Config, images: int) -> int:
     """Turn the schedule into passes over the training images."""
     if cfg.epochs is not None:
@@ -315,11 +230,14 @@ def epochs(cfg: Config, images: int) -> int:
 
 
 def joint_costs(
-    cfg: Config, backbone: Backbone, domains: list[Domain], shared: dict[str, Any]
+    cfg: Config,
+    network: DenseBackbone,
+    domains: list[Domain],
+    rows: dict[str, Contender],
 ) -> str:
     """Compare all tasks in one program with one pass for each, by saved tasks."""
-    methods = {}
-    for method, values in shared.items():
+    backbone, methods = network.backbone, {}
+    for method, values in shared_by_method(backbone, rows).items():
         tasks = {}
         for domain in domains:
             place = cfg.workdir / "tasks" / slug(domain.name) / slug(method)
@@ -336,30 +254,14 @@ def joint_costs(
 def main(cfg: Config) -> Results:
     """Train every row on every task; print the papers' table."""
     domains, network = load_data(cfg), load_backbone(cfg)
-    results = Results(
-        cfg.workdir,
-        experiment="nyud",
-        config=asdict(cfg),
-        free=(
-            "data",
-            "weights",
-            "workdir",
-            "tasks",
-            "methods",
-            "ranks",
-            "seeds",
-            "processes",
-            "joint",
-        ),
-    )
-    train, evaluation = transforms(cfg)
-    judged = measures(cfg, domains)
-    backbone, rows = network.backbone, contenders(cfg, network)
-    sweep(
-        backbone,
+    rows = contenders(cfg, network)
+    results = fill_table(
+        cfg,
+        "nyud",
+        network,
         domains,
         rows,
-        results=results,
+        measures(cfg, domains),
         recipe=Recipe(
             epochs=epochs(cfg, len(domains[0].train)),
             batch_size=cfg.batch_size,
@@ -367,40 +269,13 @@ def main(cfg: Config) -> Results:
             schedule="polynomial",
             adam=("factors", "head") if cfg.adam_decoder else ("factors",),
         ),
-        train_transform=train,
-        eval_transform=evaluation,
-        seeds=cfg.seeds,
-        validation=0.0,
-        measures=judged,
-        eval_batch_size=cfg.batch_size,
-        workdir=cfg.workdir,
+        normalize=Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        free=("tasks", "joint"),
     )
-    constant = {
-        d.name: constant_score(
-            d.name,
-            judged[d.name],
-            d.train,
-            d.test,
-            classes=d.num_classes,
-            transform=evaluation,
-        )
-        for d in domains
-    }
-    dense_report(results, judged, constant=constant)
-    shared = shared_by_method(backbone, rows)
     if cfg.joint:
-        table = joint_costs(cfg, backbone, domains, shared)
+        table = joint_costs(cfg, network, domains, rows)
         (cfg.workdir / "joint.md").write_text(table)
         print(table)
-    plot_tasks(
-        judged,
-        backbone,
-        domains,
-        shared,
-        transform=evaluation,
-        workdir=cfg.workdir,
-        seed=cfg.seeds[0],
-    )
     return results
 
 

@@ -1,12 +1,13 @@
 """Sources of images with dense targets: arrays in memory, and BSDS500."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ftn_jax.data.domain import DenseExample, Domain
+from ftn_jax.data.domain import DenseExample, Domain, Source
 from ftn_jax.data.files import decode_file
 from ftn_jax.data.stored import read_mat, read_npz
 
@@ -136,13 +137,14 @@ def _boundaries(path: Path) -> UInt8[np.ndarray, "h w n"]:
         ) from error
 
 
-def load_bsds(path: str | Path) -> Domain:
+def load_bsds(path: str | Path, *, validation: bool = False) -> Domain:
     """Read BSDS500: training and validation images to train on, its test images.
 
     Args:
         path: the published folder (`images/`, `groundTruth/`, perhaps below
             `BSDS500/data`), or an `.npz` file with `x_SPLIT` uint8 (n, h, w, 3) and
             `edge_SPLIT` uint8 (n, h, w, 1), the annotators' mean times 255.
+        validation: keep the validation images apart, as the domain's own.
 
     Raises:
         FileNotFoundError: where there is no such path.
@@ -152,15 +154,23 @@ def load_bsds(path: str | Path) -> Domain:
     if path.is_dir():
         inner = path / "BSDS500" / "data"
         root = inner if inner.is_dir() else path
-        train, test = BSDSFolder(root, ("train", "val")), BSDSFolder(root, ("test",))
+        source = partial(_from_folder, root)
     elif not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder of BSDS500")
     else:
-        train, test = _from_npz(path)
-    return Domain("edges", ("edge",), train, test)
+        source = _from_npz(path)
+    if validation:
+        parts = [source(split) for split in ("train", "test", "val")]
+    else:
+        parts = [source("train", "val"), source("test")]
+    return Domain("edges", ("edge",), *parts)
 
 
-def _from_npz(path: Path) -> tuple[DenseArrays, DenseArrays]:
+def _from_folder(root: Path, *splits: str) -> BSDSFolder:
+    return BSDSFolder(root, splits)
+
+
+def _from_npz(path: Path) -> Callable[..., Source]:
     names = [f"{kind}_{split}" for split in _SPLITS for kind in ("x", "edge")]
     arrays = read_npz(path, names)
 
@@ -174,7 +184,7 @@ def _from_npz(path: Path) -> tuple[DenseArrays, DenseArrays]:
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path}: {'+'.join(splits)}: {error}") from error
 
-    return source("train", "val"), source("test")
+    return source
 
 
 def _share(stored: UInt8[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:

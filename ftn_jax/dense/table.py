@@ -9,6 +9,7 @@ from ftn_jax.measure import Measure
 from ftn_jax.results import Results, Row
 
 SINGLE = "single task"
+CONSTANT = "the mean, everywhere"
 
 
 def dense_report(
@@ -23,24 +24,23 @@ def dense_report(
     Args:
         results: what was measured.
         measures: by task.
-        constant: by task, the metric of saying the same everywhere.
+        constant: by task, the metric of saying the training data's mean (commonest
+            class) everywhere; the table's first row.
         details: shares among the measures' other numbers, a column for each.
     """
     workdir = results.path.parent
-    table = dense_table(results.rows, measures, details=details)
-    if constant:
-        said = ", ".join(
-            f"{task} {_spread([value], measures[task])}"
-            for task, value in constant.items()
-        )
-        table += f"\nThe training data's mean (commonest class) everywhere: {said}.\n"
+    table = dense_table(results.rows, measures, constant=constant, details=details)
     (workdir / "results.md").write_text(table)
     plot_metrics(results.rows, measures, workdir / "metrics.png")
     print(f"\n{table}\ntable, pictures and saved tasks: {workdir}")
 
 
 def dense_table(
-    rows: Sequence[Row], measures: Mapping[str, Measure], *, details: Sequence[str] = ()
+    rows: Sequence[Row],
+    measures: Mapping[str, Measure],
+    *,
+    constant: Mapping[str, float] | None = None,
+    details: Sequence[str] = (),
 ) -> str:
     """Lay rows out as the papers do, the methods in the order they were run.
 
@@ -56,6 +56,11 @@ def dense_table(
         f"| method | params, M | {' | '.join(heads)} | Δm, % |",
         "|---|--:|" + "--:|" * (len(heads) + 1),
     ]
+    if constant:
+        said = [_spread([constant[task]], measures[task]) for task in tasks]
+        lines.append(
+            f"| {' | '.join([CONSTANT, '–', *said, *'–' * len(details), '–'])} |"
+        )
     means = {m: _means([r for r in rows if r.method == m]) for m in methods}
     for method in methods:
         own = [row for row in rows if row.method == method]

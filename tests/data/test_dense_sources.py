@@ -188,6 +188,12 @@ def bsds(tmp_path):
 def test_bsds_as_published(bsds, tmp_path):
     domain = load_bsds(tmp_path)
     assert (len(domain.train), len(domain.test)) == (4, 2)
+    assert domain.validation is None
+    apart = load_bsds(tmp_path, validation=True)
+    parts = (apart.train, apart.validation, apart.test)
+    for part, split in zip(parts, ("train", "val", "test"), strict=True):
+        assert isinstance(part, BSDSFolder)
+        assert [image.parent.name for image, _ in part.paths] == [split] * 2
     flat, turned = domain.test[0], domain.test[1]
     assert flat.image.shape == turned.image.shape == (6, 9, 3)
     np.testing.assert_allclose(flat.targets["edge"][0, :5], [0.25, 0.5, 0.75, 1, 0])
@@ -216,5 +222,8 @@ def test_bsds_says_what_is_missing(bsds, tmp_path):
 def test_bsds_as_arrays(data_dir):
     domain = load_bsds(data_dir / "domains/bsds500_edges_80x120.npz")
     assert (len(domain.train), len(domain.test)) == (300, 200)
+    apart = load_bsds(data_dir / "domains/bsds500_edges_80x120.npz", validation=True)
+    assert apart.validation is not None
+    assert (len(apart.train), len(apart.validation)) == (200, 100)
     edge = domain.test[0].targets["edge"]
     assert edge.shape == (80, 120) and edge.dtype == np.float32 and edge.max() <= 1

@@ -45,6 +45,15 @@ def test_one_line_for_each_method():
     assert cells(table, "FTN R=1") == ["12.00", "40.0 ± 5.7", "0.600", "-10.0"]
     alone = dense_table(rows[2:4], MEASURES)
     assert cells(alone, "FTN R=1")[-1] == "–"  # nothing to compare with
+    assert "everywhere" not in table
+
+
+def test_a_constant_stands_above_what_was_trained():
+    rows = [row("FTN R=1", "semseg", 0.36), row("FTN R=1", "depth", 0.6)]
+    constant = {"depth": 1.25, "semseg": 0.061}
+    table = dense_table(rows, MEASURES, constant=constant)
+    assert cells(table, "the mean, everywhere") == ["–", "6.1", "1.250", "–"]
+    assert table.splitlines()[2].startswith("| the mean, everywhere")
 
 
 def test_more_columns_and_the_curve(tmp_path):
