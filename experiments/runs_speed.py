@@ -19,8 +19,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ class Config:
     """Steps of each run."""
     rounds: int = 3
     """Interleaved rounds."""
+    kinds: tuple[Literal["seeds", "ranks"], ...] = ("seeds", "ranks")
+    """What the runs differ in."""
     form: Form | None = None
     """How the runs go together; by default as the kind of device wants it."""
 
@@ -119,13 +122,11 @@ def main(cfg: Config) -> dict[str, Any]:
             ends.append(jax.block_until_ready(state))
         return ends
 
-    seeds = (max(cfg.ranks),) * len(cfg.ranks)
-    rows: dict[str, Callable[[], Any]] = {
-        "Together, seeds": lambda: together(seeds),
-        "separate seeds": lambda: separate(seeds),
-        "Together, ranks": lambda: together(cfg.ranks),
-        "separate ranks": lambda: separate(cfg.ranks),
-    }
+    ranks = {"seeds": (max(cfg.ranks),) * len(cfg.ranks), "ranks": cfg.ranks}
+    rows: dict[str, Callable[[], Any]] = {}
+    for kind in cfg.kinds:
+        rows[f"Together, {kind}"] = partial(together, ranks[kind])
+        rows[f"separate {kind}"] = partial(separate, ranks[kind])
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(cfg.rounds):
         for name, run in rows.items():
@@ -147,7 +148,7 @@ def main(cfg: Config) -> dict[str, Any]:
                     strict=True,
                 )
             )
-            for kind in ("seeds", "ranks")
+            for kind in cfg.kinds
         },
     }
     cfg.workdir.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Fixtures and switches for every test."""
 
+import atexit
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -32,6 +34,16 @@ collect_ignore = [
 # first array is made.
 _QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# One cache of compiled programs for all of the session's processes: its workers, and
+# the command lines that tests start. The first of them makes it, and takes it away.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="compiled-")
+    atexit.register(_cache.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    jax.config.update("jax_compilation_cache_dir", _cache.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # Two devices on any machine, so that pmap and shard_map have something to map over.
 jax.config.update("jax_num_cpu_devices", 2)
