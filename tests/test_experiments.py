@@ -30,6 +30,8 @@ MEASURING = (
     "speed",
 )
 GENERATING = ("biggan32", "seasons")  # test_seasons.py runs them
+# Long, and made of the parts of others: edges, vit_transfer, multi_domain.
+SLOW = ("nyud", "clip_transfer", "tiny_darknet")
 TRAINING = [name for name in NAMES if name not in (*MEASURING, *GENERATING)]
 
 
@@ -50,8 +52,7 @@ def run_cli(*args, **options):
 
 @pytest.mark.parametrize(
     "name",
-    # Several decoders to compile; edges has the same parts.
-    [pytest.param(n, marks=pytest.mark.slow) if n == "nyud" else n for n in TRAINING],
+    [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TRAINING],
 )
 def test_tiny_run_writes_everything_and_is_not_repeated(name, tmp_path, monkeypatch):
     module = load(name)
