@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.speed import interleave
 from ftn_jax import Task, make_delta, materialize
 from ftn_jax.apply import from_linen
 from ftn_jax.atomic import write_atomic
@@ -45,6 +44,7 @@ from ftn_jax.mixed import make_mixed_eval_step
 from ftn_jax.models import RESNETS
 from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.results import describe_device
+from ftn_jax.step_cost import interleave
 
 Runs = dict[str, Callable[[], Any]]
 

@@ -65,6 +65,7 @@ def combine(
         )
     if bad := {n: x for n, x in weights.items() if not math.isfinite(x)}:
         raise ValueError(f"weights must be finite numbers, found {bad}")
+    weights = {n: float(x) for n, x in weights.items()}  # NumPy's would set the dtype
     if MEAN in deltas:
         raise ValueError(f"{MEAN!r} is a choice of `replaced`; name the task otherwise")
     nodes = [node for delta in deltas.values() for _, node in iter_nodes(delta)]

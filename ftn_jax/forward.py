@@ -9,6 +9,7 @@ from jaxtyping import Array, Key
 
 from ftn_jax.apply import Apply
 from ftn_jax.core import materialize
+from ftn_jax.paths import path_name
 
 
 @runtime_checkable
@@ -56,6 +57,25 @@ def merged(
     """
     params = cast(materialize(shared, delta), compute_dtype)
     return apply(params, model_state, cast(batch, compute_dtype), train=train, key=key)
+
+
+def refuse_explicit(batch: Any) -> None:
+    """Refuse batches whose types say how they are split over devices.
+
+    Operations of ours would have to say how their outputs are split.
+
+    Raises:
+        ValueError: if an array is split over a mesh axis of the type Explicit (names
+            it), as those of `jax.make_mesh` are by default.
+    """
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        spec = jax.typeof(x).sharding.spec
+        if any(axes is not None for axes in spec):
+            raise ValueError(
+                f"the batch's {path_name(path)!r} is split as {spec} over axes of the "
+                "type Explicit; make the mesh with axis_types=AxisType.Auto, as "
+                "ftn_jax.parallel.Layout does, or use forward=merged"
+            )
 
 
 def cast(tree: Any, dtype: Any) -> Any:

@@ -21,7 +21,7 @@ from ftn_jax.data import (
 )
 from ftn_jax.fit import OnLog, fit
 from ftn_jax.method import Backbone
-from ftn_jax.metrics import Sums, classification
+from ftn_jax.metrics import Sums, classification, no_logit
 from ftn_jax.nodes.replace import Replace
 from ftn_jax.presets import fine_tuning
 from ftn_jax.resume import StateFolder
@@ -199,8 +199,7 @@ def joint_loss(classes: Sequence[int]) -> Loss:
 
     def loss(logits: Any, batch: Mapping[str, Any]) -> Sums:
         own = owner[None, :] == batch["domain"][:, None]
-        # Far below any logit, but finite: zero times it is zero.
-        return classification(jnp.where(own, logits, -1e9), batch)
+        return classification(jnp.where(own, logits, no_logit(logits.dtype)), batch)
 
     return loss
 

@@ -52,7 +52,7 @@ def recompress(
 
     Raises:
         ValueError: for a bad rank, or for nodes that are no sums of factors' products
-            (names the path).
+            or hold numbers that are not finite (names the path).
 
     Source: Kolda and Bader, "Tensor decompositions and applications" (2009), figure
     3.3, for alternating least squares; Leurgans, Ross, Abel, "A decomposition for
@@ -80,6 +80,8 @@ def recompress(
         if old[0].shape[1] <= rank:
             errors[path] = 0.0
             return node
+        if not all(np.isfinite(f).all() for f in old):
+            raise ValueError(f"{path}: the factors hold NaN or infinity")
         new = _with_factors(node, nearer(old))
         size = _norm(old)
         gap = _norm(_difference(_factors(new), old))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ftn_jax.core import iter_nodes
-from ftn_jax.metrics import Sums, classification
+from ftn_jax.metrics import Sums, classification, no_logit
 from ftn_jax.node import register
 from ftn_jax.nodes.cp import CP
 from ftn_jax.nodes.lora import LoRA
@@ -27,10 +27,11 @@ Form = Literal["loop", "vmap"]
 def fill(deltas: Sequence[Any]) -> list[Any]:
     """Fill deltas of different ranks, or sizes of heads, up to the largest, with zeros.
 
-    A term that is zero in every factor adds nothing, and its gradient is exactly zero:
-    it stays zero through training, under Adam, SGD and weight decay alike. Each run is
-    thus what it is alone, at its own rank, with the init of that rank. Classes that a
-    task does not have are no such thing; the loss `own_classes` leaves them out.
+    A term of two or more factors that are all zero adds nothing, and its gradient is
+    exactly zero: it stays zero through training, under Adam, SGD and weight decay
+    alike. Each run is thus what it is alone, at its own rank, with the init of that
+    rank. Classes that a task does not have are no such thing; the loss `own_classes`
+    leaves them out.
 
     Args:
         deltas: of one backbone, with nodes of the same types and settings.
@@ -39,8 +40,9 @@ def fill(deltas: Sequence[Any]) -> list[Any]:
         The deltas, all of one structure and shapes; `cut` undoes it.
 
     Raises:
-        ValueError: if they do not become one structure by filling the arrays of `CP`,
-            `LoRA` (form `"conv"`) and `Replace` (names the path).
+        ValueError: if they do not become one structure by filling the arrays of `CP`
+            (of two or more factors), `LoRA` (form `"conv"`) and `Replace` (names the
+            path).
     """
     structures = [jax.tree.structure(delta) for delta in deltas]
     for n, structure in enumerate(structures):
@@ -52,14 +54,17 @@ def fill(deltas: Sequence[Any]) -> list[Any]:
     for columns in zip(*map(iter_nodes, deltas), strict=True):
         path, node = columns[0]
         shapes = [[x.shape for x in jax.tree.leaves(other)] for _, other in columns]
-        fits = isinstance(node, (CP, Replace)) or (
-            isinstance(node, LoRA) and node.form == "conv"
+        fits = (
+            type(node) is Replace
+            # A term of one factor alone has a gradient at zero.
+            or (type(node) is CP and len(node.factors) > 1)
+            or (type(node) is LoRA and node.form == "conv")
         )
         axes = {tuple(map(len, sizes)) for sizes in shapes}
         if shapes.count(shapes[0]) < len(shapes) and not (fits and len(axes) == 1):
             raise ValueError(
                 f"{path}: the runs' {type(node).__name__} nodes have arrays of the "
-                f"shapes {shapes}, and zeros cannot fill them up"
+                f"shapes {shapes}, and zeros cannot fill them up; give it one size"
             )
 
     def filled(*arrays: Any) -> list[Any]:
@@ -69,7 +74,7 @@ def fill(deltas: Sequence[Any]) -> list[Any]:
         return [jnp.zeros(shape, x.dtype).at[_corner(x)].set(x) for x in arrays]
 
     leaves = [filled(*xs) for xs in zip(*map(jax.tree.leaves, deltas), strict=True)]
-    return [structures[0].unflatten(xs) for xs in zip(*leaves, strict=True)]
+    return [s.unflatten(xs[n] for xs in leaves) for n, s in enumerate(structures)]
 
 
 def cut(delta: Any, like: Any) -> Any:
@@ -170,9 +175,12 @@ class Together:
         """Take over the states of all runs, which are then trained in place.
 
         Raises:
-            ValueError: if they do not have one structure and the same shapes.
+            ValueError: if there are none, or they do not have one structure and the
+                same shapes.
         """
         states = tuple(states)
+        if not states:
+            raise ValueError("no states: there must be one run or more")
         for n, state in enumerate(states):
             if _shapes(state) != _shapes(states[0]):
                 raise ValueError(
@@ -205,12 +213,12 @@ class Together:
         return Runs(step, finite, states), total
 
     def _feeds(self, count: int, batches: int) -> Sequence[int]:
-        default = [0] * count if batches == 1 else range(count)
-        feeds = default if self.feeds is None else self.feeds
-        if len(feeds) != count or max(feeds) >= batches:
+        own = [0] * count if batches == 1 else range(batches)
+        feeds = own if self.feeds is None else self.feeds
+        if len(feeds) != count or not all(0 <= n < batches for n in feeds):
             raise ValueError(
                 f"found {batches} batches for {count} runs, of which run n gets batch "
-                f"{list(feeds)}[n]"
+                f"{list(feeds)}[n]; give one for all, one for each, or say in feeds"
             )
         return feeds
 
@@ -225,8 +233,7 @@ def own_classes(logits: Float[Array, "b classes"], batch: Mapping[str, Any]) -> 
         batch: as for `classification`, and `"classes"`, the number of the task's own.
     """
     own = jnp.arange(logits.shape[-1]) < batch["classes"]
-    # Low enough to have no share and no gradient; infinity times zero would be NaN.
-    return classification(jnp.where(own, logits, -1e9), batch)
+    return classification(jnp.where(own, logits, no_logit(logits.dtype)), batch)
 
 
 def _mapped(step: TrainStep) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """Nodes of several tasks at one weight's place: each array has a leading slot axis."""
 
 from collections.abc import Sequence
-from functools import singledispatch
 from typing import Any
 
 import jax
@@ -200,23 +199,13 @@ def decode(slot: Slots, skeleton: Node) -> Node:
     return skeleton.replace(factors=tuple(_cut(x, s) for x, s in pairs))
 
 
-@singledispatch
 def _form(node: Node, shape: tuple[int, ...]) -> Polyadic:
     """Return the sum of outer products that a bank keeps of a node."""
-    raise ValueError(
-        f"a bank cannot hold a {type(node).__name__}; it holds CP, LoRA (of the form "
-        "'conv') and Replace. Serve such tasks one by one, with materialize"
-    )
-
-
-@_form.register(CP)
-@_form.register(LoRA)
-def _(node: Any, shape: tuple[int, ...]) -> Polyadic:
-    form = polyadic(node, shape)
+    form = polyadic(node, shape) if isinstance(node, (CP, LoRA)) else None
     if form is None:
         raise ValueError(
-            "a bank cannot hold a LoRA of the form 'reshape', which mixes taps and "
-            "channels; use form='conv'"
+            f"a bank cannot hold a {type(node).__name__}; it holds CP, LoRA (use "
+            "form='conv') and Replace. Serve such tasks one by one, with materialize"
         )
     return form
 
@@ -257,7 +246,7 @@ def _filled(room: Any, x: Any) -> Any:
             "classes), or with this task in it"
         )
     new = np.zeros(room.shape, room.dtype)
-    new[..., : x.shape[-1]] = np.asarray(x) if x.ndim else np.asarray(x)[None]
+    new[tuple(slice(n) for n in x.shape)] = np.asarray(x)
     return new
 
 

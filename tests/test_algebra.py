@@ -115,6 +115,10 @@ def test_weighted_combinations():
     mean = sum(weights[n] * deltas[n]["norm"].value for n in deltas) / 0.75
     np.testing.assert_allclose(found["norm"].value, mean, rtol=1e-5)
     assert found["head"] is deltas["z"]["head"]
+    halves = {name: {"norm": Replace(jnp.ones(3, jnp.bfloat16))} for name in "xy"}
+    even = dict.fromkeys(halves, np.float64(0.5))  # not weakly typed
+    kept = combine(halves, even, replaced="mean")["norm"].value
+    np.testing.assert_array_equal(kept, halves["x"]["norm"].value, strict=True)
     only = combine(
         deltas, dict.fromkeys(deltas, 0.0), replaced={"norm": "x", "head": "x"}
     )
@@ -171,6 +175,9 @@ def test_what_cannot_be_added_is_refused_by_path():
         recompress(dora, 1)
     with pytest.raises(ValueError, match="rank must be an integer >= 1"):
         recompress(a, 0)
+    lost = jax.tree.map(lambda x: x * jnp.nan, {"conv": a["conv"]})
+    with pytest.raises(ValueError, match="conv: the factors hold NaN"):
+        recompress(lost, 1)
 
 
 def test_two_factors_are_recompressed_as_well_as_can_be():

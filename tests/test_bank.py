@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from banks import build, conv_rules
+from banks import build
 from weights import randomized
 
 from ftn_jax import Node, Task, make_delta
@@ -57,6 +57,9 @@ def test_weights_that_are_not_finite_and_narrow_types_come_back_too():
     assert np.asarray(found).tobytes() == np.asarray(odd).tobytes()
     chex.assert_trees_all_equal(bank.take("half"), halves)
     assert bank.take("half").delta["head"]["bias"].value.dtype == jnp.bfloat16
+    number = Task({"scale": Replace(jnp.float32(3))}, {})
+    bank = Bank.of({"a": number}, shared={"scale": jnp.float32(1)})
+    chex.assert_trees_all_equal(bank.take("a"), number)
 
 
 def test_a_path_without_a_node_stays_without():
@@ -188,4 +191,3 @@ def _misfit():
 
 def test_slots_are_no_node_types_of_task_files():
     assert not {"LowRankSlots", "ReplaceSlots"} & {*Node.types}
-    assert conv_rules(1, 3)  # the rules that the networks of these tests have

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from banks import NETWORKS, SETTINGS, alone, build, images, initial, task
 from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ftn_jax import materialize
 from ftn_jax.apply import from_linen
@@ -246,8 +249,18 @@ def test_leaves_that_are_not_understood_are_listed():
 def test_bad_ids_and_batches(case):
     apply, stack = from_linen(case.make()), case.bank.stack
     batch = {"image": case.images}
-    for ids in (jnp.zeros(3, jnp.int32), jnp.zeros(BATCH), jnp.zeros((BATCH, 1), int)):
+    for ids in (
+        jnp.zeros(3, jnp.int32),
+        jnp.zeros(BATCH),
+        jnp.zeros((BATCH, 1), int),
+        [*"abcabcab"],
+    ):
         with pytest.raises(ValueError, match="one integer for each example"):
             mixed(apply, case.shared, stack, ids, batch)
-    with pytest.raises(ValueError, match="Flax Linen networks"):
-        mixed(apply, [1], stack, case.bank.ids([*"abcabcab"]), batch)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    split = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="'image' is split as .*AxisType.Auto"):
+        mixed(apply, case.shared, stack, case.bank.ids([*"abcabcab"]), split)
+    for params in ([1], nnx.State({"kernel": nnx.Param(jnp.ones(3))})):
+        with pytest.raises(ValueError, match="Flax Linen networks"):
+            mixed(apply, params, stack, case.bank.ids([*"abcabcab"]), batch)

@@ -180,12 +180,15 @@ def test_each_task_has_its_own_optimizer():
     assert sums["count"].tolist() == [4, 4]
 
 
+BOXED = nn.with_partitioning(nn.initializers.ones, ("model",))
+
+
 def test_statistics_as_flax_takes_them():
     """Both of BatchNorm's variances, and frozen ones."""
     x = jnp.asarray(np.random.default_rng(0).normal(2, 3, size=(6, 4, 5)), jnp.float32)
     names = [*"abbaba"]
     for fast in (True, False):
-        model = nn.BatchNorm(use_fast_variance=fast, momentum=0.7)
+        model = nn.BatchNorm(use_fast_variance=fast, momentum=0.7, scale_init=BOXED)
         variables = model.init(jax.random.key(0), x, use_running_average=True)
         stats = {"batch_stats": variables["batch_stats"]}
         bare = jax.tree.map(lambda _: None, variables["params"])

@@ -11,8 +11,10 @@ import optax
 import pytest
 from trees import RULES, Shift, backbone
 
-from ftn_jax import Node, groups, make_delta, materialize, static
+from ftn_jax import Bank, Node, Task, groups, make_delta, materialize, static
+from ftn_jax.factored import polyadic
 from ftn_jax.nodes import CP, Replace
+from ftn_jax.runs import fill
 
 
 def test_fields_are_sorted_in_data_and_configuration():
@@ -82,6 +84,21 @@ def test_subclass_of_a_node_inherits_fields(forget, key):
     assert type(node) is Louder and Louder.data_fields == ("value",)
     (merged,) = jax.tree.leaves(materialize([jnp.ones(3)], [node]))
     np.testing.assert_array_equal(merged, 2 * np.ones(3))
+
+
+def test_a_subclass_that_merges_otherwise_is_not_taken_for_its_parent(forget, key):
+    class Louder(CP):
+        def merge(self, w):
+            return w + 2 * (super().merge(w) - w)
+
+    w = jnp.ones((3, 4))
+    node = Louder.init(key, w, rank=2)
+    assert polyadic(CP.init(key, w, rank=2), w.shape)
+    assert polyadic(node, w.shape) is None  # the factored path merges it
+    with pytest.raises(ValueError, match="w: a bank cannot hold a Louder"):
+        Bank.of({"a": Task({"w": node}, {})}, shared={"w": w})
+    with pytest.raises(ValueError, match="w: the runs' Louder nodes"):
+        fill([{"w": Louder.init(key, w, rank=rank)} for rank in (1, 2)])
 
 
 def test_trap_3_tree_operations_bypass_the_checks(forget):

@@ -165,6 +165,13 @@ def test_what_cannot_be_filled_up_is_refused():
     shapes = [{"w": Scale(jnp.ones(n), None)} for n in (2, 3)]
     with pytest.raises(ValueError, match=r"w: the runs' Scale nodes .*zeros cannot"):
         fill(shapes)
+    # A term of one factor moves from zero.
+    biases = [{"b": CP.init(jax.random.key(0), jnp.ones(4), rank=r)} for r in (1, 2)]
+    with pytest.raises(ValueError, match="b: the runs' CP nodes .*zeros cannot"):
+        fill(biases)
+    with pytest.raises(ValueError, match="one run or more"):
+        Together(stepper()).begin([])
+    assert fill(2 * [{"w": None}]) == 2 * [{"w": None}]
     with pytest.raises(ValueError, match="run 1 has another structure.*fill"):
         Together(stepper()).begin([state_of(delta_of(1)), state_of(delta_of(2))])
 
@@ -196,6 +203,8 @@ def test_a_run_that_fails_does_not_stop_the_others(form):
     assert runs.finite and not sums["nonfinite"]
     with pytest.raises(ValueError, match="found 1 batches for 3 runs"):
         together(SHARED, runs, [batch(0)])
+    with pytest.raises(ValueError, match="found 4 batches for 3 runs.*one for each"):
+        Together(stepper(), form=form)(SHARED, runs, 4 * [batch(0)])
     runs, sums = together(SHARED, runs, [bad, bad])
     assert not runs.finite and sums["nonfinite"]
 

@@ -1,6 +1,7 @@
 """The training step: what it trains, what it leaves alone, where it runs."""
 
 from dataclasses import replace
+from functools import partial
 
 import chex
 import jax
@@ -21,7 +22,7 @@ from ftn_jax import (
     save_task,
 )
 from ftn_jax.apply import from_linen
-from ftn_jax.metrics import classification
+from ftn_jax.metrics import classification, no_logit
 from ftn_jax.nodes import Replace
 
 
@@ -377,3 +378,18 @@ def test_classification_counts_every_example_once():
     np.testing.assert_allclose(sums["loss"], (log_z - 4) + log_z, rtol=1e-6)
     smooth = classification(logits, data, label_smoothing=0.3)
     assert np.isfinite(smooth["loss"]) and smooth["loss"] != sums["loss"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_class_without_a_logit_has_no_share(dtype):
+    logits = jnp.array([[4.0, 0, 1], [0, 4, 2]], dtype)
+    data = {"label": jnp.array([0, 1])}
+    absent = jnp.full((2, 2), no_logit(dtype))
+    padded = jnp.concatenate([logits, absent], axis=1)
+    loss = partial(classification, batch=data, label_smoothing=0.3)
+    chex.assert_trees_all_equal(loss(padded), loss(logits))
+    zeros = jnp.concatenate([logits, jnp.zeros_like(absent)], axis=1)
+    assert abs(loss(zeros)["loss"] - loss(logits)["loss"]) > 0.1
+    if dtype == jnp.bfloat16:
+        wide = loss(padded.astype(jnp.float32))  # as networks often end
+        chex.assert_trees_all_equal(wide, loss(logits))

@@ -45,23 +45,29 @@ def polyadic(node: Node, shape: tuple[int, ...]) -> Polyadic | None:
     """Return what the node adds to a weight of this shape, if it has that form.
 
     Register a function for a node type of your own to have it run factored:
-    `node.merge(w)` must then be `w` plus this sum.
+    `node.merge(w)` must then be `w` plus this sum. A subclass of CP or LoRA that
+    merges in another way has no such form until a function is registered for it.
     """
     return None
 
 
 @polyadic.register
 def _(node: CP, shape: tuple[int, ...]) -> Polyadic | None:
+    if type(node).merge is not CP.merge:
+        return None
     return Polyadic(node.factors, node.axes, node.scale)
 
 
 @polyadic.register
 def _(node: LoRA, shape: tuple[int, ...]) -> Polyadic | None:
-    if node.form != "conv":  # loralib's layout mixes taps and channels
+    # loralib's layout, the form "reshape", mixes taps and channels.
+    if node.form != "conv" or type(node).merge is not LoRA.merge:
         return None
     rows, every = node.a.shape[0], range(len(shape))
-    cut = next(n for n in every if math.prod(shape[: n + 1]) == rows) + 1
-    axes = tuple(every[:cut]), tuple(every[cut:])
+    cuts = [n + 1 for n in every if math.prod(shape[: n + 1]) == rows]
+    if not cuts:  # it does not fit: the merge says so
+        return None
+    axes = tuple(every[: cuts[0]]), tuple(every[cuts[0] :])
     return Polyadic((node.a, node.b.T), axes, node.scale)
 
 

@@ -15,7 +15,7 @@ from ftn_jax.factored.factors import Factors
 from ftn_jax.factored.hooks import Branch, Chain, Companion
 from ftn_jax.factored.plan import Choose, Planned, candidates, decide
 from ftn_jax.factored.probe import probe
-from ftn_jax.forward import cast
+from ftn_jax.forward import cast, refuse_explicit
 from ftn_jax.paths import path_name
 
 
@@ -33,8 +33,10 @@ class Factored:
     another way than Flax's Conv, Dense and DenseGeneral layers do are materialized
     with their ordinary gradient, and so are nodes that are no sum of outer products:
     the numbers are `merged`'s in any case. To find out, the network is traced once
-    more, without being run; jit the step. Where kernels are merged there is
-    reverse-mode differentiation only: no `jax.jvp`, no Hessians.
+    more, without being run; jit the step. There is reverse-mode differentiation only
+    (no `jax.jvp`), and where kernels are merged it is refused to differentiate a
+    gradient by the factors. In a `jax.shard_map` of your own, cast the delta to
+    varying first (`jax.lax.pcast`), as `make_train_step` does, and sum its gradient.
 
     Attributes:
         choose: `"auto"`: for each weight the cheapest way by counted work; `"chain"`,
@@ -76,8 +78,10 @@ class Factored:
         """Return the outputs and the new mutable state, as `merged` does.
 
         Raises:
-            ValueError: if `strict`, naming the weights whose full gradient is formed.
+            ValueError: if `strict`, naming the weights whose full gradient is formed;
+                or if the batch is split over mesh axes of the type Explicit.
         """
+        refuse_explicit(batch)
         run = partial(_run, apply, train=train)
         arguments = model_state, cast(batch, compute_dtype), key
         plan, factors = self._plan(run, shared, delta, arguments, compute_dtype)

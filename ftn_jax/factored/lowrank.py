@@ -18,6 +18,10 @@ def on_merged_kernel(op: Op) -> Run:
 
     The kernel is what the factors were merged into. It has no gradient here; the
     factors have theirs, along the low-rank path, which does not run forward.
+
+    Raises:
+        NotImplementedError: when a gradient is differentiated by the factors once
+            more: that the kernel depends on them is not known here.
     """
 
     @jax.custom_vjp
@@ -25,7 +29,7 @@ def on_merged_kernel(op: Op) -> Run:
         return op(x, kernel)
 
     def forward(x: Any, kernel: Any, factors: Factors) -> tuple[Any, Any]:
-        return op(x, kernel), (x, kernel, factors)
+        return op(x, kernel), (x, kernel, _differentiated_once(factors))
 
     def backward(kept: Any, out_bar: Any) -> tuple[Any, None, Factors]:
         x, kernel, factors = kept
@@ -37,6 +41,19 @@ def on_merged_kernel(op: Op) -> Run:
 
     run.defvjp(forward, backward)
     return run
+
+
+@jax.custom_jvp
+def _differentiated_once(factors: Factors) -> Factors:
+    return factors
+
+
+@_differentiated_once.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "the factored path has first derivatives only where it merges kernels; take "
+        "second ones with forward=merged, or with Factored(choose='branch')"
+    )
 
 
 def beside_kernel(op: Op) -> Run:
@@ -77,9 +94,7 @@ def widen(
     def one(narrow: Any, right: Any) -> Float[Array, "n o"]:
         return contract(narrow, right, [1], [1], op.options)
 
-    places = math.prod(narrow.shape[:-1])
-    rows = narrow.reshape(places, op.groups, -1)
-    columns = right.reshape(op.groups, -1, right.shape[-1])
+    (rows,), columns = _by_group(op, right, narrow)
     if op.groups > 1:
         return jax.vmap(one, (1, 0), 1)(rows, columns).reshape(shape)
     return one(rows[:, 0], columns[0]).reshape(shape)
@@ -99,15 +114,25 @@ def _widen_back(
         narrow = narrow.astype(out_bar.dtype)
         return narrow_bar, contract(narrow, out_bar, [0], [0], op.options).T
 
-    places = math.prod(narrow.shape[:-1])
-    rows, bars = (x.reshape(places, op.groups, -1) for x in (narrow, out_bar))
-    columns = right.reshape(op.groups, -1, right.shape[-1])
+    (rows, bars), columns = _by_group(op, right, narrow, out_bar)
     if op.groups > 1:
         narrow_bar, right_bar = jax.vmap(back, (1, 0, 1), (1, 0))(rows, columns, bars)
     else:  # not as a group of one: large arrays would be copied for it
         narrow_bar, right_bar = back(rows[:, 0], columns[0], bars[:, 0])
     narrow_bar = narrow_bar.reshape(narrow.shape).astype(narrow.dtype)
     return narrow_bar, right_bar.reshape(right.shape).astype(right.dtype)
+
+
+def _by_group(op: Op, right: Any, narrow: Any, *maps: Any) -> tuple[list[Any], Any]:
+    """Lay maps out as (places, group, channels), and `right` as (group, channels, r).
+
+    Sizes are said, not left to `reshape`: a map may be empty.
+    """
+    places, groups = math.prod(narrow.shape[:-1]), op.groups
+    wide, rank = right.shape[0] // groups, right.shape[1]
+    rows = [narrow.reshape(places, groups, rank)]
+    rows += [x.reshape(places, groups, wide) for x in maps]
+    return rows, right.reshape(groups, wide, rank)
 
 
 def _with_right(factors: Factors, right: Any) -> Factors:

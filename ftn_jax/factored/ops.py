@@ -177,10 +177,11 @@ class Convolution:
         *front, channels = x.shape
         x = x.reshape(*front, self.groups, channels // self.groups)
         mixed = contract(x, left, [x.ndim - 1], [0], self.options)
+        rank = factors.left.shape[-1]
         if factors.taps is None:  # tap by tap, the groups of channels side by side
-            mixed = mixed.reshape(*front, self.groups, math.prod(window), -1)
+            mixed = mixed.reshape(*front, self.groups, math.prod(window), rank)
             mixed = mixed.swapaxes(-3, -2)
-        mixed = mixed.reshape(*front, -1)
+        mixed = mixed.reshape(*front, math.prod(mixed.shape[len(front) :]))
         inside = [
             (lo, hi, d - 1)
             for (lo, hi), d in zip(pads, self.input_dilation, strict=True)

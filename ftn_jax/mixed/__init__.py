@@ -1,7 +1,7 @@
 """One batch, several tasks: the frozen network runs once, the rest by example."""
 
+from ftn_jax.metrics import no_logit
 from ftn_jax.mixed.forward import mixed
-from ftn_jax.mixed.linen import no_logit
 from ftn_jax.mixed.train import (
     create_mixed_state,
     make_mixed_eval_step,

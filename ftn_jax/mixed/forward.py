@@ -10,7 +10,8 @@ from jaxtyping import Array, Int, Key
 from ftn_jax.apply import Apply
 from ftn_jax.bank import Stack
 from ftn_jax.core import complete, split_extras
-from ftn_jax.forward import cast
+from ftn_jax.factored.nnx import is_state
+from ftn_jax.forward import cast, refuse_explicit
 from ftn_jax.mixed.layer import Layer, Record
 from ftn_jax.mixed.linen import lay, served
 from ftn_jax.mixed.reach import check_reach, norm_paths, split
@@ -61,10 +62,11 @@ def mixed(
     Raises:
         ValueError: at trace time, if ids do not fit the batch, or the network has
             nodes or state where no layer that is understood reads them (lists the
-            paths).
+            paths), or the batch is split over mesh axes of the type Explicit.
     """
     params = split_extras(shared)[0]
     _check(params, ids, batch)
+    refuse_explicit(batch)
     entries = [(p, w, n) for p, w, n in complete(shared, stack.delta) if n is not None]
     nodes: Any = entries
     batch = cast(batch, compute_dtype)
@@ -124,14 +126,16 @@ def _only(valid: Any, y: Any) -> Any:
 
 
 def _check(params: Any, ids: Any, batch: Mapping[str, Any]) -> None:
-    if not isinstance(params, Mapping):
+    if is_state(params) or not isinstance(params, Mapping):
         raise ValueError(
             "mixed batches run on Flax Linen networks, whose parameters are nested "
             f"mappings; found {type(params).__name__}"
         )
     sizes = sorted({x.shape[:1] for x in jax.tree.leaves(batch)})
-    if not jnp.issubdtype(ids.dtype, jnp.integer) or sizes != [ids.shape]:
+    shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", type(ids))
+    if not jnp.issubdtype(dtype, jnp.integer) or sizes != [shape]:
         raise ValueError(
-            "ids must hold one integer for each example of the batch, found "
-            f"{ids.dtype}{list(ids.shape)} for a batch of the sizes {sizes}"
+            "ids must be an array of one integer for each example of the batch, as "
+            f"bank.ids(names) makes it; found {dtype} of the shape {shape} for a batch "
+            f"of the sizes {sizes}"
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ftn_jax.factored.hooks import FIELDS
+from ftn_jax.metrics import no_logit
 from ftn_jax.mixed.layer import PER_EXAMPLE, Layer
 from ftn_jax.mixed.norms import affine, along, batch_norm
 
@@ -90,8 +91,6 @@ def _norm(layer: Layer, module: Any, run: Run, args: Any, kwargs: Any) -> Any:
         why = "" if last else "its features do not lie along the last axis"
         _note(layer, module, ("scale", "bias"), why)
         return run(*args, **kwargs)
-    if layer.scale is None and layer.bias is None:
-        return run(*args, **kwargs)
     names = [n for n in ("use_scale", "use_bias") if hasattr(module, n)]
     with _changed(module, dict.fromkeys(names, False)):
         y = run(*args, **kwargs)
@@ -123,28 +122,22 @@ def _batch_norm(layer: Layer, module: Any, run: Run, args: Any, kwargs: Any) -> 
 
 def _note(layer: Layer, module: Any, names: tuple[str, ...], why: str) -> None:
     """Note down which leaves with nodes the module reads itself."""
+    from flax.core import meta
+
     for name, shape in layer.leaves:
         if name not in names or not module.has_variable("params", name):
             continue
-        found = module.get_variable("params", name).shape
+        found = meta.unbox(module.get_variable("params", name)).shape
         if found != shape:
             why = _LIFTED.format(found)
         layer.record.leaves[_join(layer.path, name)] = why
 
 
 def _hide(layer: Layer, y: Float[Array, "b ... c"]) -> Float[Array, "b ... c"]:
-    """Give the outputs that an example's task does not have the least logit.
-
-    Not minus infinity: 0 times that, in a cross-entropy with one-hot targets, is NaN.
-    """
+    """Give the outputs that an example's task does not have the least logit."""
     sizes = layer.of_examples(layer.sizes)
     real = jnp.arange(y.shape[-1])[None] < sizes[:, None]
     return jnp.where(along(real, y.ndim), y, no_logit(y.dtype))
-
-
-def no_logit(dtype: Any) -> Float[Array, ""]:
-    """Return the logit of a class that a task does not have; its probability is 0."""
-    return jnp.asarray(jnp.finfo(dtype).min / 2, dtype)
 
 
 @contextmanager

@@ -66,9 +66,11 @@ def affine(
 def own_or_shared(layer: Layer, module: Any, name: str) -> Float[Array, "_ c"] | None:
     """Return the tasks' own scale or bias, else the backbone's, if there is one."""
     own = getattr(layer, name)
-    if own is not None or not getattr(module, f"use_{name}", name == "scale"):
+    if own is not None or not getattr(module, f"use_{name}", False):
         return own
-    return module.get_variable("params", name)[None]
+    from flax.core import meta
+
+    return meta.unbox(module.get_variable("params", name))[None]
 
 
 def along(x: Float[Array, "b ..."], ndim: int) -> Float[Array, "..."]:

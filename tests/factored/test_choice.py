@@ -13,7 +13,7 @@ from flax import linen as nn
 from ftn_jax import make_delta
 from ftn_jax.apply import from_linen
 from ftn_jax.factored import Cost, Factored, Work, factored
-from ftn_jax.factored.cost import MACHINES, cheapest
+from ftn_jax.factored.cost import cheapest
 from ftn_jax.forward import Forward, merged
 from ftn_jax.models import RESNETS
 from ftn_jax.nodes import CP, LoRA, Replace
@@ -110,10 +110,10 @@ def test_an_unknown_choice_is_refused():
 
 def test_machines_differ():
     much_shifting = Work(
-        kernel=Cost(1e9, 0, 1e6), chain=Cost(1e8, 1e9, 1e6), branch=Cost(2e8, 1e9, 1e7)
+        kernel=Cost(1e9, 0, 1e6), chain=Cost(1e8, 6e7, 1e6), branch=Cost(2e8, 6e7, 1e7)
     )
     assert cheapest(much_shifting, "cpu") == "kernel"
-    assert cheapest(much_shifting, "gpu") == "kernel" or "gpu" not in MACHINES
+    assert cheapest(much_shifting, "gpu") == "chain"
     assert cheapest(much_shifting._replace(chain=Cost(1e8, 0, 1e6)), "cpu") == "chain"
 
 

@@ -6,10 +6,11 @@ By default a part of the product in which every two levels meet; all of it is sl
 from functools import partial
 from itertools import combinations, product
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factored.agreement import BRANCH, CHAIN, Case, Zoo, assert_same_numbers
+from factored.agreement import BRANCH, CHAIN, Case, Zoo, assert_same_numbers, swing
 from flax import linen as nn
 
 from ftn_jax.factored import Factored
@@ -191,6 +192,20 @@ def test_2d_convolutions_get_the_same_numbers(rows):
     forward = Factored(choose=lambda path, work: ways[path])
     assert {p: row.choice for p, row in case.plan(forward).items()} == ways
     assert_same_numbers(case.numbers(forward), case.numbers(merged))
+
+
+@pytest.mark.parametrize("node", ["cp3", "lora2"])
+def test_an_empty_batch_is_a_batch(node):
+    make = partial(nn.Conv, 4, (3, 3), feature_group_count=2)
+    case = Case(make(), images((5, 5), 4)[:0], {"kernel": NODES[node]})
+    for forward in (CHAIN, BRANCH):
+
+        def objective(delta, forward=forward):
+            batch = case.shared, delta, {}, case.batch
+            return swing(forward(case.apply, *batch, train=True)[0])
+
+        shapes = jax.eval_shape(jax.grad(objective), case.delta)
+        assert jax.tree.structure(shapes) == jax.tree.structure(case.delta)
 
 
 def test_a_wrong_gradient_would_be_noticed():

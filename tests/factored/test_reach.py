@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from factored.agreement import CHAIN, Case, Zoo, assert_same_numbers, draw
+from factored.agreement import CHAIN, KEY, Case, Zoo, assert_same_numbers, draw
 from flax import linen as nn
 from jax import lax
 
@@ -223,8 +223,8 @@ def test_loralib_layout_and_other_nodes_say_why():
 
 
 def test_a_node_that_does_not_fit_is_refused_as_a_merge_refuses_it(case):
-    node = case.delta["dense"]["kernel"]
-    bad = node.replace(factors=(node.factors[0][:2], node.factors[1]))
-    delta = {**case.delta, "dense": {**case.delta["dense"], "kernel": bad}}
-    with pytest.raises(ValueError, match="dense/kernel: CP factors have sizes"):
-        CHAIN(case.apply, case.shared, delta, {}, case.batch, train=True)
+    other = jnp.ones((2, 4))
+    for bad in (cp(KEY, other), LoRA.init(KEY, other, rank=1)):
+        delta = {**case.delta, "dense": {**case.delta["dense"], "kernel": bad}}
+        with pytest.raises(ValueError, match=f"dense/kernel: {type(bad).__name__}"):
+            CHAIN(case.apply, case.shared, delta, {}, case.batch, train=True)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ftn_jax import TaskState, make_delta, make_optimizer, make_train_step
 from ftn_jax.apply import from_linen
@@ -50,6 +52,13 @@ def test_three_steps_of_a_resnet_are_the_merged_ones(method):
     for a, b in zip(*(jax.tree.leaves(ends[f]) for f in ends), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(np.abs(b).max(), 0.1))
     jax.tree.map(np.testing.assert_array_equal, shared, before)
+
+
+def test_a_batch_that_is_split_explicitly_is_refused():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    image = jax.device_put(jnp.ones((2, 4)), NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="'image' is split as .*AxisType.Auto"):
+        factored(from_linen(nn.Dense(3)), {}, {}, {}, {"image": image}, train=True)
 
 
 def test_vmapped_tasks_share_the_backbone():

@@ -146,6 +146,26 @@ def test_the_forward_is_right_in_any_order_of_programs(siblings):
         assert siblings.plan(CHAIN)["b1/dense/kernel"].choice == "chain"
 
 
+def test_second_derivatives_are_right_or_refused():
+    """A merged kernel's own dependence on the factors is lost along the chain."""
+    case = Case(nn.Dense(2), X[0], {"kernel": cp})
+
+    def curvature(forward):
+        def slope(delta):
+            return jax.grad(lambda d: jnp.sin(outputs(d)).sum())(delta)
+
+        def outputs(d):
+            return forward(case.apply, case.shared, d, {}, case.batch, train=True)[0]
+
+        return jax.jvp(slope, (case.delta,), (case.delta,))[1]
+
+    found, expected = jax.jit(lambda: (curvature(BRANCH), curvature(merged)))()
+    assert_same_numbers(found, expected)
+    assert all(jnp.abs(x).max() > 1e-2 for x in jax.tree.leaves(expected))
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        curvature(CHAIN)
+
+
 def test_hooks_leave_the_modules_as_they_were():
     @register_companion
     class Broken:
