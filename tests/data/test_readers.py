@@ -334,7 +334,7 @@ def test_real_domain_has_its_counts(data_dir, name):
 @pytest.mark.data
 def test_real_folder_holds_these_domains_and_a_dense_file(data_dir):
     assert set(find_domains(data_dir / "domains")) == set(COUNTS)
-    with pytest.raises(ValueError, match=r"expected also \['y_train', 'y_test'\]"):
+    with pytest.raises(ValueError, match=r"expected also \['y_train', 'y_test'"):
         load_npz(data_dir / "domains" / "bsds500_edges_80x120.npz")
 
 
