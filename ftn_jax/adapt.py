@@ -217,16 +217,17 @@ class Adaptation:
         """
         state = self._begin(seed, 0, task) if task else self.start(seed)
         shared, layout = self.backbone.shared, self.layout
+        watched: dict[str, Any] = {"collect": layout.collect} if layout else {}
         if layout:
             shared = layout.place(shared)
         for stage, (first, last) in enumerate(self._bounds):
             if stage:
                 state = self._begin(seed, stage, state.task)
-            watching = best if last == self.steps else None
-            if watching:
-                watching.resume(state)
             if layout:
                 state = layout.place(state)
+            watching = best if last == self.steps else None
+            if watching:
+                watching.resume(state, **watched)
             place = folder and (folder if not stage else folder.of(f"stage{stage}"))
             state, progress = (place and place.restore_with_progress(state)) or (
                 state,
@@ -247,7 +248,7 @@ class Adaptation:
                 if place and (keep or end < self.steps):
                     place.save(state)  # the next epoch or stage starts here
                 if watching:
-                    watching.see(layout.collect(state) if layout else state)
+                    watching.see(state, **watched)
             if place:
                 place.close()
             if layout:

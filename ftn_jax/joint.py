@@ -86,12 +86,17 @@ def train_joint(
         on_log: called with the step and the means since the last call.
 
     Raises:
-        ValueError: for fewer than two domains.
+        ValueError: for fewer than two domains, or in a job of several processes.
         NonFiniteLoss: see `ftn_jax.fit.fit`.
     """
     if len(domains) < 2:
         raise ValueError(
             f"joint training needs two domains or more, got {len(domains)}"
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"joint training runs in one process, found {jax.process_count()}: start "
+            "the same command once"
         )
     classes, parts = [d.num_classes for d in domains], len(domains)
     sources = [d.train for d in domains]
@@ -131,7 +136,8 @@ def train_joint(
         on_log=on_log,
         save=folder.save,
     )
-    folder.save(state, wait=True)
+    folder.save(state)
+    folder.close()
     params = materialize(backbone.shared, state.task.delta)
     joint = backbone._replace(shared=params, model_state=state.task.model_state)
     ends = np.cumsum(classes)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -73,12 +74,20 @@ class StateFolder:
         Raises:
             OSError: if this save, or the one before, could not be written; the state
                 before it is whole.
+            StateFileError: if the folder holds a later state.
         """
         import orbax.checkpoint as ocp
 
         step = int(state.step)
-        with _writing(self.directory):
-            if step in self._manager.all_steps():
+        with self._writing():
+            steps = self._manager.all_steps()
+        if step < max(steps, default=0):  # Orbax would drop it without a word
+            raise StateFileError(
+                f"{self.directory} holds a state of step {max(steps)}, later than this "
+                f"one of step {step}: go on from there, or delete the folder"
+            )
+        with self._writing():
+            if step in steps:
                 if state.finite:
                     return self.wait() if wait else None
                 self.wait()
@@ -107,16 +116,14 @@ class StateFolder:
             OSError: if it could not be written.
         """
         if "_manager" in vars(self):
-            with _writing(self.directory):
+            with self._writing():
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, and let go of the folder; a later call opens it again."""
+        self.wait()
         if "_manager" in vars(self):
-            try:
-                self.wait()
-            finally:
-                vars(self).pop("_manager").close()
+            vars(self).pop("_manager").close()
 
     def restore(self, like: TaskState, *, best: bool = False) -> TaskState | None:
         """Read the last state back into `like`'s structure; `None` if there is none.
@@ -194,6 +201,22 @@ class StateFolder:
         if jax.process_index() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say which folder cannot be written, whatever the writer raised."""
+        try:
+            yield
+        except Exception as error:  # TensorStore's are of many kinds
+            _settle()
+            # The manager would raise the same again; the next call opens another.
+            vars(self).pop("_manager", None)
+            raise OSError(
+                getattr(error, "errno", None) or errno.EIO,
+                f"cannot save the training state ({error!r:.300}); make room or choose "
+                "another folder, the same command goes on from the state before",
+                str(self.directory),
+            ) from error
+
     @cached_property
     def _manager(self) -> Any:
         import orbax.checkpoint as ocp
@@ -233,18 +256,17 @@ def _reading(directory: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """Say which folder cannot be written, whatever the writer raised."""
-    try:
-        yield
-    except Exception as error:  # TensorStore's are of many kinds
-        raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"cannot save the training state ({error!r:.300}); make room or choose "
-            "another folder, the same command goes on from the state before",
-            str(directory),
-        ) from error
+def _settle() -> None:
+    """Wait for what is left of a save of which one part failed.
+
+    Orbax raises at the first failure; threads that still write the other parts would
+    go on in the folder, and end whenever, with errors that nobody hears.
+    """
+    if jax.process_count() > 1:  # they may wait for a process that is gone
+        return
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            threading.Thread.join(thread)  # their own would raise what they met
 
 
 def _describe(state: Any, *, hashes: bool) -> dict[str, list[Any]]:

@@ -15,6 +15,13 @@ code do, and so perhaps the FTN papers: it flatters every method, the noisier th
 and is for comparison with their numbers alone."""
 
 
+Collect = Callable[[TaskState], TaskState]
+
+
+def _as_it_is(state: TaskState) -> TaskState:
+    return state
+
+
 class Best:
     """Keeps the best of the states it is shown; the first of equals.
 
@@ -38,19 +45,35 @@ class Best:
         self._scores: Mapping[str, float] | None = None
         self._state: TaskState | None = None
 
-    def resume(self, like: TaskState) -> None:
-        """Go on from what an interrupted run had kept."""
+    def resume(self, like: TaskState, *, collect: Collect = _as_it_is) -> None:
+        """Go on from what an interrupted run had kept.
+
+        Args:
+            like: a state as `see` is given them.
+            collect: see there.
+        """
         state = self._folder and self._folder.restore(like)
         if state:
-            self._state, self._scores = state, self._score(state.task)
+            self._state = collect(state)
+            self._scores = self._score(self._state.task)
 
-    def see(self, state: TaskState) -> Mapping[str, float]:
-        """Score a state; keep a copy of the best, since the next step donates it."""
-        scores: Any = self._score(state.task)
+    def see(
+        self, state: TaskState, *, collect: Collect = _as_it_is
+    ) -> Mapping[str, float]:
+        """Score a state; keep a copy of the best, since the next step donates it.
+
+        Args:
+            state: as the devices hold it.
+            collect: brings it whole to one of them, where it is spread over several.
+        """
+        whole = collect(state)
+        scores: Any = self._score(whole.task)
         if self._scores is None or self._better(scores, self._scores):
-            self._state, self._scores = jax.tree.map(jnp.copy, state), scores
+            self._state, self._scores = jax.tree.map(jnp.copy, whole), scores
             if self._folder:
-                self._folder.save(state)
+                # Written before the run goes on: a later state may not be on disk
+                # without the best before it.
+                self._folder.save(state, wait=True)
         return scores
 
     def close(self) -> TaskState:

@@ -49,6 +49,7 @@ def experiment(workdir, mesh):
                 workdir=Path(workdir),
                 methods=("ftn", "bn_head"),
                 max_train=64,
+                select="best_on_validation",
                 mesh=None if mesh == "none" else mesh,
             )
         )

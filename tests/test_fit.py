@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -15,7 +16,7 @@ import pytest
 from toy import batch, setup
 
 from ftn_jax.fit import NonFiniteLoss, Terminated, fit
-from ftn_jax.resume import StateFolder
+from ftn_jax.resume import StateFileError, StateFolder
 
 
 def batches(start):
@@ -63,6 +64,14 @@ def test_state_of_another_configuration_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="another configuration.*delete the folder"):
         folder.restore(other)
+
+
+def test_an_earlier_state_than_the_last_is_not_dropped_without_a_word(tmp_path):
+    _, state, _ = setup()
+    folder = StateFolder(tmp_path / "state")
+    folder.save(replace(state, step=state.step + 7), wait=True)
+    with pytest.raises(StateFileError, match="holds a state of step 7.*of step 0: go"):
+        folder.save(state)
 
 
 def test_nonfinite_loss_stops_and_keeps_the_last_good_state(tmp_path):

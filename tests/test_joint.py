@@ -163,11 +163,18 @@ def test_batches_take_turns_and_can_start_anywhere():
     assert not np.array_equal(later["image"], seen[2]["image"])
 
 
-def test_one_domain_is_refused(backbone, tmp_path):
-    with pytest.raises(ValueError, match="two domains or more, got 1"):
+@pytest.mark.parametrize(
+    ("domains", "processes", "message"),
+    [(1, 1, "two domains or more, got 1"), (2, 2, "in one process, found 2: start")],
+)
+def test_what_is_no_joint_training_is_refused(
+    backbone, tmp_path, monkeypatch, domains, processes, message
+):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(ValueError, match=message):
         train_joint(
             backbone,
-            DOMAINS[:1],
+            DOMAINS[:domains],
             JointRecipe(),
             transform=TRANSFORM,
             seed=0,

@@ -22,7 +22,12 @@ def test_an_experiment_on_two_devices_equals_one(tmp_path, mesh, one_device):
     assert again == rows
 
 
-CONFIG = replace(multi_domain.Config.tiny(), methods=("ftn",), max_train=64)
+CONFIG = replace(
+    multi_domain.Config.tiny(),
+    methods=("ftn",),
+    max_train=64,
+    select="best_on_validation",
+)
 
 
 @pytest.fixture(scope="module")

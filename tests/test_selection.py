@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from toy import setup
 
 import ftn_jax.adapt
 from ftn_jax.adapt import Adaptation, Evaluator, Recipe
@@ -88,6 +89,16 @@ def test_the_best_epoch_is_returned_also_after_an_interruption(
         jax.tree.leaves(whole.task), jax.tree.leaves(again.task), strict=True
     ):
         np.testing.assert_array_equal(x, y)
+
+
+def test_the_best_is_on_disk_before_the_run_goes_on(tmp_path):
+    """Else a kill could leave a later state, and no trace of the best before it."""
+    _, state, _ = setup()
+    folder = StateFolder(tmp_path / "best")
+    best = Best(lambda task: {"loss": 1.0}, lambda new, old: False, folder)
+    best.see(state)
+    assert StateFolder(tmp_path / "best").restore(state) is not None
+    best.close()
 
 
 def test_a_row_says_which_step_was_selected(tmp_path):
