@@ -1,6 +1,7 @@
 """Write files that are never seen half-written."""
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -10,7 +11,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     Raises:
         OSError: if it cannot be written; the old file is untouched.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    # A name of its own: another process may write the same file.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)

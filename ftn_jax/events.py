@@ -51,7 +51,16 @@ class JsonLines(logging.Handler):
 
 
 def write_events(path: str | os.PathLike[str]) -> None:
-    """Send events to this file from now on, and to no other file."""
+    """Send events to this file from now on, and to no other file.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a crash cut the last line
+                file.write(b"\n")
     for old in [h for h in _LOGGER.handlers if isinstance(h, JsonLines)]:
         _LOGGER.removeHandler(old)
     _LOGGER.addHandler(JsonLines(path))

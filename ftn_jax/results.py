@@ -1,6 +1,7 @@
 """An experiment's results: a JSON file that is valid at every moment."""
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Mapping
@@ -57,6 +58,11 @@ class Row:
     commit: str = field(default_factory=lambda: _commit())
     device: str = field(default_factory=lambda: describe_device())
 
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What it is the row of: there is one for each."""
+        return self.method, self.task, self.seed
+
 
 class Results:
     """The rows of one workdir, in `results.json`; every `add` reaches the disk.
@@ -89,7 +95,7 @@ class Results:
             OSError: if it cannot be written.
         """
         self.path = Path(workdir) / "results.json"
-        config = json.loads(json.dumps(config, default=str))
+        config = _numbers(json.loads(json.dumps(config, default=str)))
         self._head = {
             "experiment": experiment,
             "commit": _commit(),
@@ -97,23 +103,10 @@ class Results:
             "device": describe_device(),
             "config": config,
         }
+        self._free = free
         self.rows: list[Row] = []
         sync(f"open {self.path}")  # all see the rows of before, or none does
-        if self.path.exists():
-            old = _read(self.path)
-            differing = [
-                f"{name}: there {old['config'].get(name)!r}, now {config.get(name)!r}"
-                for name in sorted({*old["config"], *config} - {*free})
-                if _differ(old["config"], config, name)
-            ]
-            if old["experiment"] != experiment:
-                differing.append(f"experiment: there {old['experiment']!r}")
-            if differing:
-                raise ValueError(
-                    f"{self.path} holds results of another configuration "
-                    f"({'; '.join(differing)}); choose another --workdir"
-                )
-            self.rows = [Row(**row) for row in old["rows"]]
+        self._take_rows()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_events(self.path.with_name("log.jsonl"))
         event("start", experiment=experiment, config=config, commit=_commit())
@@ -127,7 +120,7 @@ class Results:
                 name.
         """
         for row in self.rows:
-            if (row.method, row.task, row.seed) == (method, task, seed):
+            if row.key == (method, task, seed):
                 if row.inputs != inputs:
                     raise ValueError(
                         f"{self.path} holds {task} / {method} measured with another "
@@ -142,26 +135,44 @@ class Results:
         self._write()
         event("row", method=row.method, task=row.task, seed=row.seed, value=row.value)
 
+    def _take_rows(self) -> None:
+        """Add the file's rows to ours; refuse those of another configuration."""
+        if not self.path.exists():
+            return
+        old, rows = _read(self.path)
+        there, now = old["config"], self._head["config"]
+        differing = [
+            f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
+            for name in sorted({*there, *now} - {*self._free})
+            if _differ(there, now, name)
+        ]
+        if old["experiment"] != self._head["experiment"]:
+            differing.append(f"experiment: there {old['experiment']!r}")
+        if differing:
+            raise ValueError(
+                f"{self.path} holds results of another configuration "
+                f"({'; '.join(differing)}); choose another --workdir"
+            )
+        known = {row.key for row in self.rows}
+        self.rows += [row for row in rows if row.key not in known]
+
     def _write(self) -> None:
         sync(f"rows of {self.path}")
         if jax.process_index() == 0:
             self._write_file()
         sync(f"wrote {self.path}")
         if jax.process_index() > 0:
-            self.rows = [Row(**row) for row in _read(self.path)["rows"]]
+            self.rows = _read(self.path)[1]
 
     def _write_file(self) -> None:
         from filelock import FileLock
 
         with FileLock(self.path.with_name(".results.lock")):
-            if self.path.exists():
-                known = {(r.method, r.task, r.seed) for r in self.rows}
-                others = [Row(**row) for row in _read(self.path)["rows"]]
-                self.rows += [
-                    r for r in others if (r.method, r.task, r.seed) not in known
-                ]
-            content = self._head | {"rows": [asdict(row) for row in self.rows]}
-            write_atomic(self.path, json.dumps(content, indent=1).encode())
+            self._take_rows()
+            rows = [asdict(row) for row in self.rows]
+            content = _numbers(self._head | {"rows": rows})
+            text = json.dumps(content, indent=1, allow_nan=False)
+            write_atomic(self.path, text.encode())
 
 
 def _differ(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> bool:
@@ -171,16 +182,35 @@ def _differ(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> bool:
     return old[name] != new.get(name)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     try:
         old = json.loads(path.read_bytes())
-        _ = old["experiment"], old["config"], [Row(**row) for row in old["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
+        _ = old["experiment"], old["config"].items()
+        rows = [_row(row) for row in old["rows"]]
+        if len({row.key for row in rows}) < len(rows):
+            raise ValueError("two rows of one method, task and seed")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no results file ({error!r}); move it away or choose another "
             "--workdir"
         ) from error
-    return old
+    return old, rows
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    """Make a row of the file's; what says nothing of its origin is not ours."""
+    known: dict[str, Any] = {"commit": "unknown", "device": "unknown", **entry}
+    return Row(**known | {"value": float(entry["value"])})
+
+
+def _numbers(content: Any) -> Any:
+    """Put "nan" and "inf" where a number is: JSON has no other word for them."""
+    if isinstance(content, dict):
+        return {name: _numbers(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_numbers(value) for value in content]
+    odd = isinstance(content, float) and not math.isfinite(content)
+    return str(content) if odd else content
 
 
 def describe_device() -> str:

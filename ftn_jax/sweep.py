@@ -98,11 +98,16 @@ def sweep(
 
     Raises:
         ValueError: if a contender has several candidate rates and no validation data,
-            two names would share a folder, the evaluation transform cannot be written
-            down, or `results` holds a row of another backbone or of other data.
+            two domains have one name or would share a folder, the evaluation transform
+            cannot be written down, or `results` holds a row of another backbone or of
+            other data.
         NonFiniteLoss: if no candidate of a row trains to the end.
     """
     parts = {domain.name: hold_out(domain, validation) for domain in domains}
+    if len(parts) < len(domains):
+        raise ValueError(
+            f"two domains have one name: found {[d.name for d in domains]}; rename one"
+        )
     blind = [name for name, (_, held_out) in parts.items() if not held_out]
     for name, contender in contenders.items():
         if len(contender.rates) > 1 and blind:

@@ -1,7 +1,8 @@
 """One row of a table: train the candidates, keep the best, test it, save it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -49,51 +50,81 @@ def train_best(
 
     Of each candidate the last state counts or, with `select_on`, the epoch that does
     best there.
+
+    Raises:
+        ValueError: if another process trains in the same folder.
+        NonFiniteLoss: if no candidate trains to the end.
     """
     best: Trained | None = None
     failure: NonFiniteLoss | None = None
-    for adaptation in candidates:
-        rates = dict(sorted(adaptation.recipe.rates.items()))
-        # Named by what it is: the list of candidates may differ in the next run.
-        states = StateFolder(
-            folder / short_hash(replace(adaptation.recipe, rates=rates))
-        )
-        start = time.perf_counter()
-        try:
-            with progress_bar(
-                title, steps=adaptation.steps, batch_size=adaptation.recipe.batch_size
-            ) as on_log:
-                # If a later candidate is interrupted, this one is done.
-                state = adaptation.run(
-                    seed,
-                    folder=states,
-                    keep=len(candidates) > 1,
-                    best=_judge(evaluator, select_on, states.of("best")),
-                    on_log=on_log,
-                )
-        except NonFiniteLoss as error:
-            failure = error
-            continue
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - start
-        validation = evaluator.score(state.task, held_out) if held_out else None
-        if best is None or (
-            validation
-            and best.validation
-            and evaluator.measure.better(validation, best.validation)
-        ):
-            best = Trained(
-                state.task,
-                rates,
-                validation,
-                seconds,
-                adaptation.steps,
-                int(state.step) if select_on else None,
+    with _alone(folder):
+        for adaptation in candidates:
+            rates = dict(sorted(adaptation.recipe.rates.items()))
+            # Named by what it is: the list of candidates may differ in the next run.
+            states = StateFolder(
+                folder / short_hash(replace(adaptation.recipe, rates=rates))
             )
+            start = time.perf_counter()
+            try:
+                with progress_bar(
+                    title,
+                    steps=adaptation.steps,
+                    batch_size=adaptation.recipe.batch_size,
+                ) as on_log:
+                    # If a later candidate is interrupted, this one is done.
+                    state = adaptation.run(
+                        seed,
+                        folder=states,
+                        keep=len(candidates) > 1,
+                        best=_judge(evaluator, select_on, states.of("best")),
+                        on_log=on_log,
+                    )
+            except NonFiniteLoss as error:
+                failure = error
+                continue
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - start
+            validation = evaluator.score(state.task, held_out) if held_out else None
+            if best is None or (
+                validation
+                and best.validation
+                and evaluator.measure.better(validation, best.validation)
+            ):
+                best = Trained(
+                    state.task,
+                    rates,
+                    validation,
+                    seconds,
+                    adaptation.steps,
+                    int(state.step) if select_on else None,
+                )
     if best is None:
         assert failure is not None
         raise failure
     return best
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs out: each would delete what the other is writing."""
+    if jax.process_index() > 0:  # the first process of a job keeps it for all
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another process is training in {folder}; wait for it, or give this one "
+            "other rows (seeds, domains, methods) or another --workdir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _judge(

@@ -1,13 +1,19 @@
 """Results files, tables and pictures."""
 
 import json
+import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
+from ftn_jax.data import ArraySource, Domain
 from ftn_jax.results import Results, Row
-from ftn_jax.sweep import slug
+from ftn_jax.sweep import slug, sweep
 from ftn_jax.tables import markdown_table, plot_accuracy, report
+from ftn_jax.trial import train_best
 
 
 def row(method="FTN R=1", task="a", seed=0, value=0.5, params=30):
@@ -61,6 +67,51 @@ def test_rows_keep_where_they_came_from(tmp_path):
     assert (again.rows[0].commit, again.rows[0].device) == ("old", "other")
 
 
+def test_the_file_is_json_also_where_a_number_is_not_finite(tmp_path):
+    bad = {"test_loss": float("nan"), "curve": [1.0, float("inf")]}
+    config = {"clip": float("inf")}
+    open_results(tmp_path, **config).add(
+        replace(row(), value=float("nan"), details=bad)
+    )
+    text = (tmp_path / "results.json").read_text()
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    (found,) = json.loads(text, parse_constant=refuse)["rows"]
+    assert found["details"] == {"test_loss": "nan", "curve": [1.0, "inf"]}
+    (again,) = open_results(tmp_path, **config).rows
+    assert math.isnan(again.value)
+
+
+def test_two_configurations_at_once_are_not_mixed(tmp_path):
+    """The second one opened the folder before the first one's file was there."""
+    one, two = (
+        open_results(tmp_path / "a", rate=1),
+        open_results(tmp_path / "b", rate=2),
+    )
+    two.path = one.path
+    with pytest.raises(ValueError, match="rate: there 1, now 2"):
+        two.add(row())
+    assert open_results(tmp_path / "a", rate=1).rows == []
+
+
+def test_rows_edited_by_hand(tmp_path):
+    open_results(tmp_path).add(row())
+    path = tmp_path / "results.json"
+    whole = json.loads(path.read_text())
+    (entry,) = whole["rows"]
+    for name in ("commit", "device"):
+        del entry[name]
+    path.write_text(json.dumps(whole))
+    (found,) = open_results(tmp_path).rows
+    assert found.commit == found.device == "unknown"  # not what runs now
+    for rows in ([entry, entry], [{**entry, "value": "high"}], [{"value": 1}]):
+        path.write_text(json.dumps({**whole, "rows": rows}))
+        with pytest.raises(ValueError, match="results.json is no results file"):
+            open_results(tmp_path)
+
+
 def test_another_configuration_is_refused_and_nothing_is_lost(tmp_path):
     open_results(tmp_path, rate=0.1).add(row())
     before = (tmp_path / "results.json").read_bytes()
@@ -77,6 +128,45 @@ def test_a_damaged_file_is_named_and_left_alone(tmp_path, content):
     with pytest.raises(ValueError, match="results.json is no results file"):
         open_results(tmp_path)
     assert (tmp_path / "results.json").read_text() == content
+
+
+def test_two_runs_do_not_train_one_row(tmp_path):
+    unused: Any = None
+    with FileLock(tmp_path / ".lock"):  # as the other process holds it
+        with pytest.raises(ValueError, match="another process is training in .*rows"):
+            train_best(
+                [],
+                seed=0,
+                title="",
+                evaluator=unused,
+                held_out=None,
+                folder=tmp_path,
+            )
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "a"), r"two domains have one name: found \['a', 'a'\]"),
+        (("A", "a"), "'A' and 'a' would share the folder 'a'; rename one"),
+    ],
+)
+def test_domains_that_cannot_be_told_apart_are_refused(tmp_path, names, message):
+    unused: Any = None
+    source = ArraySource(np.zeros((2, 2, 2, 1), np.uint8), [0, 1])
+    domains = [Domain(name, ("x", "y"), source, source) for name in names]
+    with pytest.raises(ValueError, match=message):
+        sweep(
+            unused,
+            domains,
+            {},
+            results=open_results(tmp_path),
+            recipe=unused,
+            train_transform=unused,
+            eval_transform=unused,
+            validation=0.0,
+            workdir=tmp_path,
+        )
 
 
 def test_unwritable_workdir(tmp_path):
@@ -100,6 +190,12 @@ def test_table_gives_mean_std_and_leaves_gaps_open():
         "| FTN R=1 | 30 | 3.0% | 60.0 ± 14.1 | 90.0 ± 0.0 | 75.0 ± 7.1 |\n"
         "| fine-tuning | 1,000 | 100.0% | 80.0 | 80.0 | – |\n"
     )
+
+
+def test_table_gives_the_mean_size_of_tasks_that_differ():
+    """A task by TAPS keeps the layers that it switched on."""
+    rows = [row(method="TAPS", params=20), row(method="TAPS", params=60, task="b")]
+    assert "| TAPS | 40 | 4.0% |" in markdown_table(rows)
 
 
 def test_report_writes_table_and_picture(tmp_path, capsys):
