@@ -42,7 +42,7 @@ from ftn_jax.nodes.cp import CPInit
 from ftn_jax.optimizer import Schedule
 from ftn_jax.results import Results, Row
 from ftn_jax.sweep import Contender
-from ftn_jax.tables import report
+from ftn_jax.tables import add_table, report
 
 Placement = Literal["early", "mid", "late", "half"]
 
@@ -141,9 +141,7 @@ def main(cfg: Config) -> Results:
         schedule=cfg.schedule,
     )
     report(results)
-    table = score_table(results.rows)
-    (cfg.workdir / "scores.md").write_text(table)
-    print(table)
+    add_table(cfg.workdir / "scores.md", score_table(results.rows))
     return results
 
 

@@ -49,7 +49,7 @@ from ftn_jax.results import Results
 from ftn_jax.resume import StateFolder
 from ftn_jax.shelf import contenders
 from ftn_jax.sweep import hold_out, slug
-from ftn_jax.tables import report
+from ftn_jax.tables import add_table, report
 from ftn_jax.trial import Trained, finish, short_hash
 
 
@@ -146,8 +146,11 @@ def main(cfg: Config) -> Results:
         published=printed_parameters("DomainNet", results.rows),
         base_beside_copies=False,
     )
-    (cfg.workdir / "paper_table.md").write_text(table)
-    print(f"as the papers' Table 2, their printed figures in brackets:\n\n{table}")
+    add_table(
+        cfg.workdir / "paper_table.md",
+        table,
+        heading="as the papers' Table 2, their printed figures in brackets:",
+    )
     return results
 
 

@@ -40,7 +40,7 @@ from ftn_jax.paper_table import paper_table
 from ftn_jax.published import printed_parameters
 from ftn_jax.results import Results
 from ftn_jax.shelf import contenders
-from ftn_jax.tables import report
+from ftn_jax.tables import add_table, report
 
 CROPPED = ("cubs_cropped", "stanford_cars_cropped")
 
@@ -116,8 +116,11 @@ def main(cfg: Config) -> Results:
     table = paper_table(
         results.rows, published=printed_parameters("ImageNet-to-Sketch", results.rows)
     )
-    (cfg.workdir / "paper_table.md").write_text(table)
-    print(f"as the papers' Table 1, their printed figures in brackets:\n\n{table}")
+    add_table(
+        cfg.workdir / "paper_table.md",
+        table,
+        heading="as the papers' Table 1, their printed figures in brackets:",
+    )
     return results
 
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import jax
 
+from ftn_jax.atomic import write_atomic
 from ftn_jax.comparison import comparison_table
 from ftn_jax.labels import place_labels
 from ftn_jax.plots import plot_rank
@@ -32,7 +33,7 @@ def report(results: Results, *, columns: Columns = _NO_COLUMNS) -> None:
         return
     workdir, rows = results.path.parent, results.rows
     table = markdown_table(rows, columns=columns)
-    (workdir / "results.md").write_text(table)
+    write_atomic(workdir / "results.md", table.encode())
     plot_accuracy(rows, workdir / "accuracy.png")
     methods, tasks = _names(rows)
     if len({r.details.get("rank") for r in rows} - {None}) > 1:
@@ -40,8 +41,15 @@ def report(results: Results, *, columns: Columns = _NO_COLUMNS) -> None:
         plot_rank(rows, workdir / "rank.png", lines=known)
     if len(tasks) > 1 and len(methods) > 1:
         text = comparison_table(rows, methods[-1])
-        (workdir / "comparison.md").write_text(text)
+        write_atomic(workdir / "comparison.md", text.encode())
     print(f"\n{table}\ntable, picture and saved tasks: {workdir}")
+
+
+def add_table(path: Path, table: str, *, heading: str = "") -> None:
+    """Write one more table and print it; of a job's processes the first one does."""
+    if jax.process_index() == 0:
+        write_atomic(path, table.encode())
+        print(f"{heading}\n\n{table}" if heading else table)
 
 
 def markdown_table(rows: Sequence[Row], *, columns: Columns = _NO_COLUMNS) -> str:
@@ -50,7 +58,7 @@ def markdown_table(rows: Sequence[Row], *, columns: Columns = _NO_COLUMNS) -> st
     Accuracies are in percent, mean and (for more than one seed) standard deviation
     over seeds; the last column is the mean over tasks, for the seeds that have all of
     them. Parameters are the task's factors and norms (or weights), heads and running
-    statistics left out, as the papers count them.
+    statistics left out, as the papers count them; their mean, where tasks differ.
 
     Args:
         rows: what was measured.
@@ -73,7 +81,7 @@ def markdown_table(rows: Sequence[Row], *, columns: Columns = _NO_COLUMNS) -> st
         complete = [v for v in by_seed if len(v) == len(tasks)]
         mean = _spread([100 * statistics.mean(values) for values in complete])
         more = [column.get(method, "–") for column in columns.values()]
-        params = own[0].task_params
+        params = round(statistics.mean(row.task_params for row in own))
         lines.append(
             f"| {method} | {params:,} | {params / own[0].shared_params:.1%} | "
             + " | ".join([*more, *cells, mean])

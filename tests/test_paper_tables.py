@@ -3,7 +3,7 @@
 import pytest
 
 from ftn_jax.paper_table import paper_table
-from ftn_jax.plots import plot_rank
+from ftn_jax.plots import plot_rank, rank_curves
 from ftn_jax.published import printed_parameters
 from ftn_jax.results import Row
 
@@ -38,6 +38,23 @@ def test_totals_and_printed_figures():
     table = paper_table(ROWS, base_beside_copies=False)
     assert "| fine-tuning | 2.00 | 2.000x |" in table
     assert "| BN + head | 1.00 | 1.005x |" in table
+
+
+def test_curves_of_accuracy_against_rank():
+    found = rank_curves(ROWS)
+    assert [*found] == ["cats", "dogs", "mean over the tasks"]
+    assert found["cats"] == [(1, pytest.approx(81), pytest.approx(2**0.5)), (40, 85, 0)]
+    # Only seed 0 has both tasks.
+    assert found["mean over the tasks"] == [(1, 75, 0), (40, 80, 0)]
+
+
+def test_methods_of_one_rank_are_not_mixed():
+    taps = [row(f"FTN R={r}, taps", t, 0.5, r, rank=r) for r in (1, 40) for t in "ab"]
+    other = [row("FTN R=40, xavier", t, 0.9, 40, rank=40) for t in "ab"]
+    assert rank_curves(taps + other) == {
+        "FTN R=r, taps, mean over the tasks": [(1, 50, 0), (40, 50, 0)],
+        "FTN R=r, xavier, mean over the tasks": [(40, 90, 0)],
+    }
 
 
 def test_accuracy_against_rank(tmp_path):
