@@ -104,10 +104,16 @@ def prune(task: BareTask, patterns: Sequence[str]) -> BareTask:
         patterns: regular expressions, each matched against whole paths.
 
     Raises:
-        ValueError: if a pattern matches nothing, or a node that stays reads arrays of
-            one that goes.
+        ValueError: if a pattern is none or matches nothing, or a node that stays reads
+            arrays of one that goes.
     """
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{pattern!r} is no regular expression: {error}"
+            ) from error
         if not any(re.fullmatch(pattern, path) for path in task.nodes):
             raise ValueError(
                 f"{pattern!r} matches none of the task's nodes: {some([*task.nodes])}"

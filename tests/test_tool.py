@@ -178,7 +178,9 @@ def test_prune(place, tmp_path, capsys):
         assert np.array_equal(*kernels) is same
     assert run("prune", place / "one", "--drop", "nothing", "--out", out) == 2
     assert run("prune", place / "one", "--drop", "head/bias", "--out", out) == 2
+    assert run("prune", place / "one", "--drop", "head/(", "--out", out) == 2
     told = capsys.readouterr().err
+    assert "'head/(' is no regular expression: missing )" in told
     assert "'nothing' matches none" in told and "has no hash of them" in told
 
 

@@ -6,14 +6,18 @@ arrays; the builders in `ftn_jax.data.builders` do without.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 from ftn_jax.data.domain import Domain, Example
 from ftn_jax.data.files import decode_bytes
+from ftn_jax.data.stored import read_npy
 
 
 class TFDSSource:
@@ -88,16 +92,20 @@ class TFDSSource:
 
     def _cached_labels(self, builder: Any, split: str) -> Int32[np.ndarray, " n"]:
         """Read every record once, ever: labels are kept beside the data set."""
-        safe = "".join(c if c.isalnum() else "-" for c in split)
-        path = Path(os.fspath(builder.data_path)) / f"{self._label}-{safe}.npy"
+        # Quoted, so that no two splits share a file: train[:10%] and train[-10:].
+        name = f"{self._label}-{quote(split, safe='')}.npy"
+        path = Path(os.fspath(builder.data_path)) / name
         if path.is_file():
-            labels = np.load(path)
-            if len(labels) == len(self):
-                return labels
+            with suppress(ValueError):  # damaged: read again
+                labels = read_npy(path)
+                if labels.shape == (len(self),):
+                    return labels
         records = map(self._records.__getitem__, range(len(self)))
         labels = np.array([record[self._label] for record in records], np.int32)
         if os.access(path.parent, os.W_OK):
-            np.save(path, labels)
+            partial = path.with_name(f".{uuid4().hex}.npy")
+            np.save(partial, labels)
+            os.replace(partial, path)
         return labels
 
 
