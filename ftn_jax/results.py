@@ -200,7 +200,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
 def _row(entry: dict[str, Any]) -> Row:
     """Make a row of the file's; what says nothing of its origin is not ours."""
     known: dict[str, Any] = {"commit": "unknown", "device": "unknown", **entry}
-    return Row(**known | {"value": float(entry["value"])})
+    known["value"] = float(known["value"])
+    return Row(**known)
 
 
 def _numbers(content: Any) -> Any:
