@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32, Num
 
 from ftn_jax.data.domain import Domain
-from ftn_jax.data.files import FileSource, require_files
+from ftn_jax.data.files import FileSource, read_lines, require_files
 from ftn_jax.data.folders import check_classes
 from ftn_jax.data.stored import read_mat
 
@@ -170,7 +170,7 @@ def _table(path: Path, *, columns: int) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; extract the archive whole")
     rows = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(read_lines(path), 1):
         if not text.strip():
             continue
         row = text.split()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftn_jax.data.domain import Domain
-from ftn_jax.data.files import FileSource, require_files
+from ftn_jax.data.files import FileSource, read_lines, require_files
 
 _HOME = "http://csr.bu.edu/ftp/visda/2019/multi-source"
 
@@ -74,7 +74,7 @@ def _listed(folder: Path) -> list[str]:
 
 def _read(path: Path) -> list[_Line]:
     lines = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(read_lines(path), 1):
         if not text.strip():
             continue
         file, _, label = text.rpartition(" ")

@@ -67,6 +67,20 @@ class FileSource:
         return Example(image, int(self.labels[index]))
 
 
+def read_lines(path: Path) -> list[str]:
+    """Read a table's or a list's lines.
+
+    Raises:
+        ValueError: where the file is no text in UTF-8; the message names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: no text in UTF-8 ({error}); get the file again"
+        ) from error
+
+
 def require_files(paths: Sequence[Path], *, listed_in: Path, advice: str) -> None:
     """Refuse a list of files that are not all there.
 

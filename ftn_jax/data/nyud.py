@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from ftn_jax.data.domain import DenseExample
+from ftn_jax.data.files import read_lines
 from ftn_jax.data.stored import read_mat, read_npy
 
 Split = Literal["train", "val"]
@@ -63,7 +64,7 @@ class NYUDFolder:
         listed = self.root / "gt_sets" / f"{split}.txt"
         if not listed.is_file():
             raise FileNotFoundError(f"{listed}: missing, expected one id a line")
-        self.ids = listed.read_text().split()
+        self.ids = " ".join(read_lines(listed)).split()
         if not self.ids:
             raise ValueError(f"{listed}: found no id, expected one a line")
         self._files = [

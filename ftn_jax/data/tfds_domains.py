@@ -78,16 +78,14 @@ class TFDSSource:
         """Decode the image at `index`.
 
         Raises:
-            ValueError: where it does not decode; the message names the split.
+            ValueError: where it does not decode, or its box holds no pixel; the
+                message names the split.
         """
         record = self._records[index]
-        pixels = decode_bytes(
-            record[self._image],
-            name=f"{self.name}: example {index}",
-            mode=self._mode,
-        )
+        name = f"{self.name}: example {index}"
+        pixels = decode_bytes(record[self._image], name=name, mode=self._mode)
         if self._box:
-            pixels = _cut(pixels, np.asarray(record[self._box], float))
+            pixels = _cut(pixels, np.asarray(record[self._box], float), name=name)
         return Example(pixels, int(record[self._label]))
 
     def _cached_labels(self, builder: Any, split: str) -> Int32[np.ndarray, " n"]:
@@ -164,10 +162,16 @@ def load_tfds(
 
 
 def _cut(
-    pixels: UInt8[np.ndarray, "h w c"], box: Float[np.ndarray, "4"]
+    pixels: UInt8[np.ndarray, "h w c"], box: Float[np.ndarray, "4"], *, name: str
 ) -> UInt8[np.ndarray, "h w c"]:
     """Cut to top, left, bottom, right, each a share of the height or the width."""
     height, width = pixels.shape[:2]
     corners = np.rint(box * (height, width, height, width)).astype(int)
     top, left, bottom, right = np.maximum(corners, 0)
-    return pixels[top:bottom, left:right]
+    cut = pixels[top:bottom, left:right]
+    if not cut.size:
+        raise ValueError(
+            f"{name}: the box {box.tolist()} (top, left, bottom, right, as shares) "
+            f"holds no pixel of {width}x{height} (width x height)"
+        )
+    return cut

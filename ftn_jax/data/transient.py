@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ftn_jax.data.domain import Domain, Subset, split
-from ftn_jax.data.files import FileSource, require_files
+from ftn_jax.data.files import FileSource, read_lines, require_files
 
 SEASONS = ("spring", "summer", "autumn", "winter")
 PUBLISHED_COUNTS = {"spring": 1405, "summer": 1875, "autumn": 1353, "winter": 2566}
@@ -190,4 +190,4 @@ def _lines(path: Path) -> list[str]:
         raise FileNotFoundError(
             f"{path}: no such file, expected the Transient Attributes data set there"
         )
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in read_lines(path) if line.strip()]

@@ -110,6 +110,12 @@ def test_bad_lists_are_named(root, name, lines, message):
         load_domainnet(root, "clipart")
 
 
+def test_a_list_that_is_no_text_is_named(root):
+    (root / "sketch_train.txt").write_bytes(b"\xff\xd8 0")
+    with pytest.raises(ValueError, match="sketch_train.txt: no text in UTF-8"):
+        load_domainnet(root, "clipart")
+
+
 def test_missing_files_are_named(root):
     with pytest.raises(FileNotFoundError, match="real_train.txt: no such.*clipart_te"):
         load_domainnet(root, "real")

@@ -22,6 +22,7 @@ from ftn_jax.data import (
     train_batches,
     train_steps,
 )
+from ftn_jax.data.tfds_domains import _cut
 
 tfds = pytest.importorskip("tensorflow_datasets")
 builders = pytest.importorskip("ftn_jax.data.builders")
@@ -146,6 +147,8 @@ def test_boxes_and_names_of_features(tmp_path):
     image, label = domain.train[0]
     assert (image.shape, label) == ((3, 9, 3), 1)
     assert image[0, 0].tolist() == [3, 2, 0]
+    with pytest.raises(ValueError, match="ramp: the box .* holds no pixel of 12x10"):
+        _cut(np.zeros((10, 12, 3), np.uint8), np.array([0.2, 0, 0.21, 1]), name="ramp")
     whole = load_tfds("boxed", data_dir=tmp_path, label="kind")
     assert whole.train[0].image.shape == (10, 12, 3)
     with pytest.raises(ValueError, match=r"found features \['bbox', 'image', 'kind'\]"):
