@@ -15,7 +15,7 @@ generator for each season, at a small share of its parameters. The paper reports
 training images only; its exponent p, class vectors, rate of the latents, start of the
 latents, mode of BatchNorm and rules for seasons are not given, so they are flags. Its
 weights and images are not to be had without a network, so that run was not made here;
-docs/generation.md has the table of the second command.
+docs/generation.md has a table of three domains at 32 px, and the flags that made it.
 """
 
 from dataclasses import asdict, dataclass, field, replace
