@@ -143,7 +143,7 @@ def main(cfg: Config) -> Results:
     report(results)
     table = paper_table(
         results.rows,
-        published=printed_parameters("DomainNet", results.rows),
+        published=printed_parameters("DomainNet", results.rows, backbone=cfg.backbone),
         base_beside_copies=False,
     )
     add_table(

@@ -114,7 +114,10 @@ def main(cfg: Config) -> Results:
     )
     report(results)
     table = paper_table(
-        results.rows, published=printed_parameters("ImageNet-to-Sketch", results.rows)
+        results.rows,
+        published=printed_parameters(
+            "ImageNet-to-Sketch", results.rows, backbone=cfg.backbone
+        ),
     )
     add_table(
         cfg.workdir / "paper_table.md",

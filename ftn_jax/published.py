@@ -82,7 +82,9 @@ PUBLISHED = (
 )
 
 
-def printed_parameters(setting: str, rows: Sequence[Row]) -> dict[str, dict[str, str]]:
+def printed_parameters(
+    setting: str, rows: Sequence[Row], *, backbone: str
+) -> dict[str, dict[str, str]]:
     """Find the papers' figures for rows of an experiment, for `paper_table`.
 
     A figure that does not follow from the papers' own text is marked with `!`.
@@ -90,8 +92,11 @@ def printed_parameters(setting: str, rows: Sequence[Row]) -> dict[str, dict[str,
     Args:
         setting: a name of `SETTINGS`.
         rows: their method's name and, for FTN, their rank say which figure is meant.
+        backbone: of the rows; no figure is found for another than the setting's.
     """
     found = {}
+    if backbone != SETTINGS[setting][0]:
+        return found
     for row in rows:
         rank = row.details.get("rank", 0)
         name = "ftn" if rank else {"BN + head": "bn_head"}.get(row.method, row.method)
