@@ -1,5 +1,6 @@
 """Random damage to files: a clear error or the right data, nothing else."""
 
+import gc
 import random
 import shutil
 from dataclasses import replace
@@ -102,7 +103,17 @@ def saved(tmp_path_factory):
     return place, state
 
 
-def test_a_mutated_training_state_is_refused_or_right(saved, tmp_path):
+@pytest.fixture
+def collected():
+    """Orbax leaves the reads beside a failed one to the collector, which complains of
+    them: here, not in a later test."""
+    yield
+    for _ in range(3):  # what one round frees may hold more
+        gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_mutated_training_state_is_refused_or_right(saved, tmp_path, collected):
     place, last = saved
     rng, refused, gone = random.Random(2), 0, 0
     _, fresh, _ = setup()
