@@ -8,7 +8,7 @@ table, draws accuracy against parameters, saves each task and loads one back.
     python -m experiments.quickstart
 
 Two to three minutes on two CPU cores. Expected means over the three domains, in %:
-feature extractor 42, BN + head 62, FTN R=1 78, FTN R=8 94, fine-tuning 98.
+feature extractor 41, BN + head 60, FTN R=1 80, FTN R=8 95, fine-tuning 97.
 """
 
 from collections.abc import Callable
