@@ -40,8 +40,7 @@ from ftn_jax.data import (
     Transform,
     find_domains,
     load_digits,
-    load_folder,
-    load_npz,
+    load_domain,
 )
 from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
@@ -85,7 +84,7 @@ class Config(Shelf):
     max_train: int | None = None
     """Use at most so many training images of each domain, balanced over classes."""
     max_test: int | None = None
-    """Use at most so many test images of each domain, balanced over classes."""
+    """Use at most so many test images of each domain, drawn at random."""
     validation: float = 0.1
     """Share of the training images that is held out to choose rates; a domain with
     validation images of its own keeps all, and those choose."""
@@ -149,12 +148,8 @@ def load_domains(cfg: Config) -> list[Domain]:
     if cfg.data is None:
         domains = [load_digits()]
     else:
-        domains = [
-            load_npz(path)
-            if path.suffix == ".npz"
-            else load_folder(path, skip_bad=cfg.skip_bad)
-            for path in find_domains(cfg.data, cfg.domains or None).values()
-        ]
+        found = find_domains(cfg.data, cfg.domains or None)
+        domains = [load_domain(p, skip_bad=cfg.skip_bad) for p in found.values()]
     return [d.limited(train=cfg.max_train, test=cfg.max_test) for d in domains]
 
 

@@ -102,7 +102,9 @@ def main(cfg: Config) -> Results:
         find = partial(results.find, task=domain.name, inputs=inputs)
         if all(find(label(rank), seed=seed) for seed, rank in cfg.runs):
             continue
-        trained = train(cfg, backbone, domain, together, tx, classes)
+        # Named by the data too: a state of other data would be gone on from.
+        folder = StateFolder(cfg.workdir / "state" / f"{slug(domain.name)}-{inputs}")
+        trained = train(cfg, backbone, domain, together, tx, classes, folder)
         evaluator = Evaluator(
             backbone, classes=domain.num_classes, transform=eval_transform
         )
@@ -126,7 +128,7 @@ def main(cfg: Config) -> Results:
                 details={"rank": rank, "train_examples": len(domain.train)},
             )
             results.add(row)
-        states(cfg, domain).clear()
+        folder.clear()
     report(results)
     return results
 
@@ -138,6 +140,7 @@ def train(
     together: Any,
     tx: Any,
     classes: int,
+    folder: StateFolder,
 ) -> list[Trained]:
     """Train a domain's runs side by side; go on from their last states."""
     shared, deltas, keys = backbone.shared, [], []
@@ -153,7 +156,6 @@ def train(
         TaskState.create(delta, backbone.model_state, tx=tx, key=key)
         for delta, key in zip(filled, keys, strict=True)
     )
-    folder = states(cfg, domain)
     start = time.perf_counter()
     with progress_bar(
         f"{domain.name}, {len(deltas)} runs",
@@ -213,11 +215,6 @@ def batches(cfg: Config, domain: Domain, start: int) -> Iterator[Any]:
     finally:
         for stream in streams:
             stream.close()
-
-
-def states(cfg: Config, domain: Domain) -> StateFolder:
-    """Name the folder of a domain's runs in training."""
-    return StateFolder(cfg.workdir / "state" / slug(domain.name))
 
 
 def label(rank: int) -> str:

@@ -79,12 +79,17 @@ def load_digits() -> Domain:
     return Domain("digits", tuple("0123456789"), train, test)
 
 
-def load_domain(path: str | Path) -> Domain:
-    """Read a domain from a folder of images, an `.npz` file or FER2013's table."""
+def load_domain(path: str | Path, *, skip_bad: bool = False) -> Domain:
+    """Read a domain from a folder of images, an `.npz` file or FER2013's table.
+
+    Args:
+        path: of the folder or the file.
+        skip_bad: leave out a folder's images that do not decode, with a warning.
+    """
     path = Path(path)
     if path.name in FILES:
         return load_fer2013(path)
-    return load_folder(path) if path.is_dir() else load_npz(path)
+    return load_folder(path, skip_bad=skip_bad) if path.is_dir() else load_npz(path)
 
 
 def find_domains(
