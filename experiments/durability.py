@@ -11,13 +11,11 @@ costs is how much longer its round took, divided by the seconds between two save
 Writes `durability.json` and `durability.md` under the workdir.
 """
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +32,11 @@ from ftn_jax import (
     save_task,
 )
 from ftn_jax.apply import from_linen
-from ftn_jax.atomic import write_atomic
 from ftn_jax.checkpoint import fingerprint
 from ftn_jax.command import launch
 from ftn_jax.models import RESNETS
 from ftn_jax.presets import METHODS, RESNET
-from ftn_jax.results import describe_device
+from ftn_jax.results import write_benchmark
 from ftn_jax.resume import StateFolder
 
 
@@ -206,22 +203,15 @@ def main(cfg: Config) -> dict[str, Any]:
         )
     cfg.workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cfg.workdir) as place:
-        result = {
-            "config": json.loads(json.dumps(asdict(cfg), default=str)),
-            "device": describe_device(),
-            "versions": {p: version(p) for p in ("ftn-jax", "jax", "orbax-checkpoint")},
+        found = {
             "fingerprint": fingerprints(cfg),
             "rows": [
                 training(cfg, "ftn", Path(place), rank=cfg.rank),
                 training(cfg, "fine_tuning", Path(place)),
             ],
         }
-    table = markdown(result, cfg)
-    content = json.dumps(result, indent=1)
-    write_atomic(cfg.workdir / "durability.json", content.encode())
-    write_atomic(cfg.workdir / "durability.md", table.encode())
-    print(f"\n{table}\n{result['device']}; {cfg.workdir / 'durability.json'}")
-    return result
+    table, packages = markdown(found, cfg), ("orbax-checkpoint",)
+    return write_benchmark(cfg, "durability", found, table=table, packages=packages)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ photographs.
 Writes `input_speed.json`, `input_speed.md` and `input_speed.png` under the workdir.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ import numpy as np
 
 from ftn_jax import TaskState, count, make_delta, make_optimizer, make_train_step
 from ftn_jax.apply import from_linen
-from ftn_jax.atomic import write_atomic
 from ftn_jax.command import launch
 from ftn_jax.data import (
     Compose,
@@ -43,7 +40,7 @@ from ftn_jax.data import (
 )
 from ftn_jax.models import RESNETS
 from ftn_jax.presets import METHODS, RESNET
-from ftn_jax.results import describe_device
+from ftn_jax.results import write_benchmark
 
 
 @dataclass(frozen=True)
@@ -252,20 +249,14 @@ def main(cfg: Config) -> dict[str, Any]:
     else:
         source = make_pictures(cfg.workdir / "pictures", cfg.pictures)
     transform = imagenet_transforms(size=cfg.image_px, test_resize=cfg.image_px).train
-    result = {
-        "config": json.loads(json.dumps(asdict(cfg), default=str)),
-        "device": describe_device(),
-        "versions": {p: version(p) for p in ("ftn-jax", "jax", "pillow", "grain")},
+    found = {
         "per_core": per_core(cfg, source, transform),
         "per_batch": per_batch(cfg, source, transform),
         "training": training(cfg, source, transform),
     }
-    write_atomic(
-        cfg.workdir / "input_speed.json", json.dumps(result, indent=1).encode()
-    )
-    write_atomic(cfg.workdir / "input_speed.md", markdown(result).encode())
-    plot(result, cfg.workdir / "input_speed.png")
-    print(f"\n{markdown(result)}\n{result['device']}; {cfg.workdir}")
+    table, packages = markdown(found), ("pillow", "grain")
+    result = write_benchmark(cfg, "input_speed", found, table=table, packages=packages)
+    plot(found, cfg.workdir / "input_speed.png")
     return result
 
 

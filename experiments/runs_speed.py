@@ -11,14 +11,13 @@ from the first compilation to the last step:
 
 Each round times every row; nothing compiled is kept between rows or rounds, in memory
 or on disk. Ratios are taken within a round, medians over the rounds. Writes
-`runs_speed.json` under the workdir.
+`runs_speed.json` and `runs_speed.md` under the workdir.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +28,11 @@ import numpy as np
 
 from ftn_jax import TaskState, make_delta, make_optimizer, make_train_step
 from ftn_jax.apply import from_linen
-from ftn_jax.atomic import write_atomic
 from ftn_jax.command import launch
 from ftn_jax.factored import factored
 from ftn_jax.models import RESNETS
 from ftn_jax.presets import RESNET, ftn
-from ftn_jax.results import describe_device
+from ftn_jax.results import write_benchmark
 from ftn_jax.runs import Form, Together, fill
 
 
@@ -43,7 +41,7 @@ class Config:
     """Settings of the benchmark."""
 
     workdir: Path = Path("runs/runs_speed")
-    """Folder for runs_speed.json."""
+    """Folder for runs_speed.json and runs_speed.md."""
     backbone: str = "cifar_resnet20"
     """Name in ftn_jax.models.RESNETS."""
     image_px: int = 32
@@ -135,27 +133,21 @@ def main(cfg: Config) -> dict[str, Any]:
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
             print(f"{name}: {seconds[name][-1]:.1f} s", flush=True)
-    result = {
-        "config": json.loads(json.dumps(asdict(cfg), default=str)),
-        "device": describe_device(),
-        "seconds": seconds,
-        "ratios": {
-            kind: statistics.median(
-                one / many
-                for one, many in zip(
-                    seconds[f"Together, {kind}"],
-                    seconds[f"separate {kind}"],
-                    strict=True,
-                )
+    ratios = {
+        kind: statistics.median(
+            one / many
+            for one, many in zip(
+                seconds[f"Together, {kind}"], seconds[f"separate {kind}"], strict=True
             )
-            for kind in cfg.kinds
-        },
+        )
+        for kind in cfg.kinds
     }
-    cfg.workdir.mkdir(parents=True, exist_ok=True)
-    write_atomic(cfg.workdir / "runs_speed.json", json.dumps(result, indent=1).encode())
-    for kind, ratio in result["ratios"].items():
-        print(f"{kind}: Together takes {ratio:.2f} of the separate runs' time")
-    return result
+    lines = [
+        f"- {kind}: Together takes {ratio:.2f} of the separate runs' time\n"
+        for kind, ratio in ratios.items()
+    ]
+    found = {"seconds": seconds, "ratios": ratios}
+    return write_benchmark(cfg, "runs_speed", found, table="".join(lines))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ Writes `serving.json` and `serving.md` under the workdir. Expected on a CPU: 32 
 one batch within 1.5 of one merged task.
 """
 
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +34,13 @@ import numpy as np
 
 from ftn_jax import Task, make_delta, materialize
 from ftn_jax.apply import from_linen
-from ftn_jax.atomic import write_atomic
 from ftn_jax.bank import Bank
 from ftn_jax.command import launch
 from ftn_jax.forward import cast
 from ftn_jax.mixed import make_mixed_eval_step
 from ftn_jax.models import RESNETS
 from ftn_jax.presets import METHODS, RESNET
-from ftn_jax.results import describe_device
+from ftn_jax.results import write_benchmark
 from ftn_jax.step_cost import interleave
 
 Runs = dict[str, Callable[[], Any]]
@@ -63,8 +60,8 @@ class Config:
     """Images per batch."""
     tasks: tuple[int, ...] = (1, 4, 16, 32)
     """Numbers of tasks in one batch; each must divide the batch size."""
-    method: str = "ftn"
-    """Name in ftn_jax.presets of what the tasks are made by: ftn, lora, bn_head."""
+    method: Literal["ftn", "lora", "bn_head"] = "ftn"
+    """Name in ftn_jax.presets of what the tasks are made by."""
     rank: int = 10
     """Rank of the tasks' factors."""
     classes: int = 10
@@ -221,19 +218,8 @@ def main(cfg: Config) -> dict[str, Any]:
             f"--backbone {cfg.backbone}: unknown, known are {sorted(RESNETS)}"
         )
     rows, facts = measure(cfg)
-    result = {
-        "config": json.loads(json.dumps(asdict(cfg), default=str)),
-        "device": describe_device(),
-        "versions": {p: version(p) for p in ("ftn-jax", "jax", "jaxlib", "flax")},
-        **facts,
-        "rows": rows,
-    }
-    cfg.workdir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(result, indent=1)
-    write_atomic(cfg.workdir / "serving.json", content.encode())
-    write_atomic(cfg.workdir / "serving.md", markdown(rows).encode())
-    print(f"\n{markdown(rows)}\n{result['device']}; {cfg.workdir / 'serving.json'}")
-    return result
+    found = {**facts, "rows": rows}
+    return write_benchmark(cfg, "serving", found, table=markdown(rows))
 
 
 if __name__ == "__main__":

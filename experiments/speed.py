@@ -18,12 +18,10 @@ gradient.
 Writes `speed.json` and `speed.md` under the workdir.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +31,6 @@ import numpy as np
 
 from ftn_jax.adapt import Recipe
 from ftn_jax.apply import from_linen
-from ftn_jax.atomic import write_atomic
 from ftn_jax.command import launch
 from ftn_jax.factored import factored
 from ftn_jax.forward import Forward, merged
@@ -43,7 +40,7 @@ from ftn_jax.nodes import Replace
 from ftn_jax.presets import METHODS, RESNET
 from ftn_jax.presets.vit import VIT, VIT_LABELS, VIT_METHODS
 from ftn_jax.presets.vit_rules import vit_method
-from ftn_jax.results import describe_device
+from ftn_jax.results import write_benchmark
 from ftn_jax.sizes import backbone_size
 from ftn_jax.step_cost import CompiledStep, interleave
 
@@ -230,18 +227,8 @@ def main(cfg: Config) -> dict[str, Any]:
             f"--backbone {cfg.backbone}: unknown, known are {sorted(RESNETS | VITS)}"
         )
     rows = measure(cfg)
-    result = {
-        "config": json.loads(json.dumps(asdict(cfg), default=str)),
-        "device": describe_device(),
-        "versions": {p: version(p) for p in ("ftn-jax", "jax", "jaxlib", "flax")},
-        "rows": rows,
-    }
-    cfg.workdir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(result, indent=1)
-    write_atomic(cfg.workdir / "speed.json", content.encode())
-    write_atomic(cfg.workdir / "speed.md", markdown(rows).encode())
-    print(f"\n{markdown(rows)}\n{result['device']}; {cfg.workdir / 'speed.json'}")
-    return result
+    found = {"rows": rows}
+    return write_benchmark(cfg, "speed", found, table=markdown(rows))
 
 
 if __name__ == "__main__":

@@ -95,21 +95,15 @@ class Results:
             OSError: if it cannot be written.
         """
         self.path = Path(workdir) / "results.json"
-        config = _numbers(json.loads(json.dumps(config, default=str)))
-        self._head = {
-            "experiment": experiment,
-            "commit": _commit(),
-            "versions": {name: version(name) for name in PACKAGES},
-            "device": describe_device(),
-            "config": config,
-        }
+        self._head = _head(experiment, config)
         self._free = free
         self.rows: list[Row] = []
         sync(f"open {self.path}")  # all see the rows of before, or none does
         self._take_rows()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_events(self.path.with_name("log.jsonl"))
-        event("start", experiment=experiment, config=config, commit=_commit())
+        known = {n: self._head[n] for n in ("experiment", "config", "commit")}
+        event("start", **known)
         self._write()
 
     def find(self, method: str, task: str, seed: int, *, inputs: str) -> Row | None:
@@ -202,6 +196,48 @@ def _row(entry: dict[str, Any]) -> Row:
     known: dict[str, Any] = {"commit": "unknown", "device": "unknown", **entry}
     known["value"] = float(known["value"])
     return Row(**known)
+
+
+def write_benchmark(
+    cfg: Any,
+    experiment: str,
+    found: Mapping[str, Any],
+    *,
+    table: str,
+    packages: tuple[str, ...] = ("jaxlib",),
+) -> dict[str, Any]:
+    """Write what a benchmark measured: `experiment.json`, `experiment.md`, the screen.
+
+    Args:
+        cfg: its settings, a dataclass that has a `workdir`, made if absent.
+        experiment: its name.
+        found: what was measured, in JSON values.
+        table: the same in Markdown.
+        packages: whose versions matter beside those that always do.
+
+    Returns:
+        What the JSON file holds: `found` after commit, versions, device and settings.
+    """
+    result = {**_head(experiment, asdict(cfg), packages), **found}
+    cfg.workdir.mkdir(parents=True, exist_ok=True)
+    path = cfg.workdir / f"{experiment}.json"
+    write_atomic(path, json.dumps(result, indent=1).encode())
+    write_atomic(path.with_suffix(".md"), table.encode())
+    print(f"\n{table}\n{result['device']}; {path}")
+    return result
+
+
+def _head(
+    experiment: str, config: Mapping[str, Any], packages: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Say what was run, by which code, and where; what JSON lacks becomes text."""
+    return {
+        "experiment": experiment,
+        "commit": _commit(),
+        "versions": {name: version(name) for name in (*PACKAGES, *packages)},
+        "device": describe_device(),
+        "config": _numbers(json.loads(json.dumps(config, default=str))),
+    }
 
 
 def _numbers(content: Any) -> Any:

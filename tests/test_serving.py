@@ -17,6 +17,8 @@ def test_serving_measures_what_it_says(tmp_path, capsys):
     assert rows["one merged task"]["times_one_merged"] == 1
     assert all(row["ms"] > 0 for row in rows.values())
     assert result["task_mib"] < result["backbone_mib"]
+    assert result["experiment"] == "serving" and result["commit"]
+    assert {"jax", "jaxlib"} < {*result["versions"]} and result["config"]["rounds"] == 2
     assert (tmp_path / "serving.md").read_text() in capsys.readouterr().out
 
 
