@@ -180,6 +180,10 @@ def _from_npz(path: Path) -> Callable[..., Source]:
                 np.concatenate([arrays[f"{kind}_{s}"] for s in splits])
                 for kind in ("x", "edge")
             )
+            if edge.dtype != np.uint8:
+                raise ValueError(
+                    f"edge: found {edge.dtype}, expected uint8, the share times 255"
+                )
             return DenseArrays(x, {"edge": _share(edge[..., 0])})
         except (ValueError, IndexError) as error:
             raise ValueError(f"{path}: {'+'.join(splits)}: {error}") from error

@@ -85,9 +85,12 @@ def read_annotations(folder: str | Path) -> Annotations:
                 f"expected the {len(names)} of attributes.txt"
             )
         try:
-            scores.append([float(cell.split(",")[0]) for cell in cells])
+            found = [float(cell.split(",")[0]) for cell in cells]
+            if not np.isfinite(found).all():
+                raise ValueError(f"found scores {found}, expected finite numbers")
         except ValueError as error:
             raise ValueError(f"{table}, line {number}: {error}") from error
+        scores.append(found)
         paths.append(path)
     if not paths:
         raise ValueError(f"{table}: no line, expected one for each image")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ftn_jax.data import Source, Transform, eval_batches
+from ftn_jax.dense.losses import IGNORED, shifted_labels
 from ftn_jax.measure import Measure
 
 _NAMES = {"edges": "edge"}
@@ -50,7 +51,8 @@ def _targets(source: Source, index: int) -> Any:
 
 def _outputs(task: str, truth: np.ndarray, classes: int) -> np.ndarray:
     if task == "semseg":
-        counts = np.bincount(truth[truth != 255].ravel(), minlength=classes)
+        labels = np.asarray(shifted_labels(truth, classes=classes))
+        counts = np.bincount(labels[labels != IGNORED], minlength=classes)
         return np.eye(classes, dtype=np.float32)[counts[:classes].argmax()]
     if task == "depth":
         return np.asarray([truth[truth != 0].mean()], np.float32)

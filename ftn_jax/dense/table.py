@@ -57,7 +57,9 @@ def dense_table(
         "|---|--:|" + "--:|" * (len(heads) + 1),
     ]
     if constant:
-        said = [_spread([constant[task]], measures[task]) for task in tasks]
+        # A task of an earlier run into the same folder may have none.
+        known = [[constant[task]] if task in constant else [] for task in tasks]
+        said = [_spread(v, measures[t]) for v, t in zip(known, tasks, strict=True)]
         lines.append(
             f"| {' | '.join([CONSTANT, '–', *said, *'–' * len(details), '–'])} |"
         )

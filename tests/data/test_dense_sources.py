@@ -216,6 +216,13 @@ def test_bsds_says_what_is_missing(bsds, tmp_path):
     np.savez(tmp_path / "odd.npz", x_train=np.zeros(3))
     with pytest.raises(ValueError, match=r"odd.npz: found.*expected also"):
         load_bsds(tmp_path / "odd.npz")
+    arrays = {
+        f"x_{s}": np.zeros((1, 4, 6, 3), np.uint8) for s in ("train", "val", "test")
+    }
+    shares = {k.replace("x", "edge", 1): np.ones((1, 4, 6, 1)) for k in arrays}
+    np.savez(tmp_path / "odd.npz", **arrays, **shares)
+    with pytest.raises(ValueError, match="odd.npz: .*found float64, expected uint8"):
+        load_bsds(tmp_path / "odd.npz")
 
 
 @pytest.mark.data

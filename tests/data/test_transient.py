@@ -102,6 +102,9 @@ def test_damaged_tables_are_refused(root):
     table.write_text(text.replace("0.8,0.5", "high,0.5"))
     with pytest.raises(ValueError, match="line 1: could not convert.*'high'"):
         load_seasons(root)
+    table.write_text(text.replace("0.8,0.5", "nan,0.5"))
+    with pytest.raises(ValueError, match="line 1: found scores.*finite numbers"):
+        load_seasons(root)
     table.write_text("\n")
     with pytest.raises(ValueError, match="no line, expected one for each image"):
         load_seasons(root)
