@@ -256,7 +256,7 @@ def main(cfg: Config) -> dict[str, Any]:
     }
     table, packages = markdown(found), ("pillow", "grain")
     result = write_benchmark(cfg, "input_speed", found, table=table, packages=packages)
-    plot(found, cfg.workdir / "input_speed.png")
+    plot(result, cfg.workdir / "input_speed.png")
     return result
 
 
