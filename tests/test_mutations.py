@@ -1,6 +1,5 @@
 """Random damage to files: a clear error or the right data, nothing else."""
 
-import gc
 import random
 import shutil
 from dataclasses import replace
@@ -101,15 +100,6 @@ def saved(tmp_path_factory):
         folder.save(state, progress={"seconds": 1.5 * n})
     folder.close()
     return place, state
-
-
-@pytest.fixture
-def collected():
-    """Orbax leaves the reads beside a failed one to the collector, which complains of
-    them: here, not in a later test."""
-    yield
-    for _ in range(3):  # what one round frees may hold more
-        gc.collect()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

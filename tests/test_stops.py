@@ -34,7 +34,8 @@ def no_room(size=1):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk_leaves_the_state_before(tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_leaves_the_state_before(tmp_path, collected):
     shared, state, step = setup()
     folder = StateFolder(tmp_path / "run")
     one, _ = jax.jit(step)(shared, state, batch(seed=1))
