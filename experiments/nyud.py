@@ -139,6 +139,11 @@ def load_data(cfg: Config) -> list[Domain]:
     """Read one data set as one domain for each task, its outputs as classes."""
     if unknown := [task for task in cfg.tasks if task not in TASKS]:
         raise ValueError(f"--tasks {unknown}: unknown, known are {TASKS}")
+    if cfg.classes not in (NYUD_CLASSES - 1, NYUD_CLASSES):
+        raise ValueError(
+            f"--classes {cfg.classes}: NYUD has 41 classes, or 40 without the "
+            "background"
+        )
     classes = tuple(str(n) for n in range(cfg.classes))
     outputs = {
         "semseg": classes if cfg.data else KINDS,

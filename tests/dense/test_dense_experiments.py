@@ -44,6 +44,7 @@ def test_four_tasks_from_files_of_the_published_format(tmp_path):
     [
         ("nyud", {"tasks": ("colour",)}, r"--tasks \['colour'\]: unknown"),
         ("nyud", {"backbone": "alexnet"}, "--backbone alexnet: unknown"),
+        ("nyud", {"classes": 30}, "--classes 30: NYUD has 41 classes, or 40"),
         ("edges", {"methods": ("magic",)}, "--methods magic: unknown"),
         ("edges", {"backbone": "alexnet"}, "--backbone alexnet: unknown"),
         ("edges", {"data": Path("absent.npz")}, "absent.npz: no such file"),
