@@ -58,7 +58,7 @@ def load_biggan(
         )
     if model is None:
         model = biggan_of(weights, source=name)
-    folded = _fold(weights)
+    folded = _fold(weights, name)
     if "shared.weight" in folded:  # the embedding is not transposed as kernels are
         folded["shared.weight"] = folded["shared.weight"].T
     z, y = jnp.zeros((1, model.dim_z)), jnp.zeros((1,), jnp.int32)
@@ -102,6 +102,14 @@ def biggan_of(weights: Mapping[str, np.ndarray], *, source: str = "weights") -> 
             f"{source}: missing {missing}: not the generator of a BigGAN with shared "
             f"embedding; found {sorted(weights)[:4]} and more"
         )
+    flat = {_MARK: weights[_MARK], "shared.weight": weights["shared.weight"]}
+    kernels = {f"blocks.{i}.0.conv1.weight": w for i, w in convs.items()}
+    for axes, arrays in ((2, flat), (4, kernels)):
+        for key, w in arrays.items():
+            if w.ndim != axes:
+                raise CheckpointMismatch(
+                    f"{source}: {key} has shape {w.shape}, expected {axes} axes"
+                )
     blocks = [convs[i] for i in sorted(convs)]
     classes, shared_dim = weights["shared.weight"].shape
     return BigGAN(
@@ -124,7 +132,7 @@ def read_source(
     return os.fspath(source), read_weights(locate(source))
 
 
-def _fold(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _fold(weights: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
     """Divide each kernel that has a `u0` by its sigma: one step of power iteration."""
     folded = dict(weights)
     for key in weights:
@@ -132,6 +140,11 @@ def _fold(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if place == key or f"{place}.weight" not in weights:
             continue
         w = np.asarray(weights[f"{place}.weight"])
+        if w.ndim < 2 or weights[key].size != len(w):
+            raise CheckpointMismatch(
+                f"{source}: {key} has shape {weights[key].shape}, {place}.weight "
+                f"{w.shape}; expected a kernel, and a value of u0 for each of its rows"
+            )
         matrix = w.reshape(len(w), -1).astype(np.float64)
         v = _unit(weights[key].reshape(-1) @ matrix)
         u = _unit(matrix @ v)

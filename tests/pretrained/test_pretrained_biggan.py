@@ -83,6 +83,20 @@ def test_another_width_is_refused(weights):
         load_biggan(weights, MODEL.clone(channels=(8, 8, 8)))
 
 
+@pytest.mark.parametrize(
+    "key, shape",
+    [
+        ("blocks.0.0.conv1.u0", (1, 3)),
+        ("blocks.0.0.conv1.weight", (8,)),
+        ("shared.weight", (3,)),
+    ],
+)
+def test_an_array_of_another_form_is_named(weights, key, shape):
+    changed = weights | {key: np.ones(shape, np.float32)}
+    with pytest.raises(CheckpointMismatch, match=f"{key} has shape .{shape[0]}"):
+        load_biggan(changed)
+
+
 def test_the_other_variant_is_named(weights):
     with pytest.raises(CheckpointMismatch, match="load it with load_biggan$"):
         load_biggan_deep(weights, DEEP)
