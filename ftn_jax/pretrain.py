@@ -51,6 +51,7 @@ def pretrain(
 
     Raises:
         NonFiniteLoss: see `ftn_jax.fit.fit`.
+        ValueError: if the file that is there holds another network.
     """
     if not path.exists():
         adaptation = Adaptation(
@@ -71,7 +72,16 @@ def pretrain(
         write_atomic(path, save({k: np.asarray(x) for k, x in _named(trained)}))
         folder.clear()
     found, fresh = load_file(path), {"params": start.shared, **start.model_state}
-    leaves = [jnp.asarray(found[name]) for name, _ in _named(fresh)]
+    there = {name: x.shape for name, x in found.items()}
+    expected = {name: x.shape for name, x in _named(fresh)}
+    for name in sorted({*there, *expected}):
+        if there.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path} is of another network: {name} has shape {there.get(name)}, "
+                f"expected {expected.get(name)} (None: it is not there); move it away "
+                "or choose another --workdir"
+            )
+    leaves = [jnp.asarray(found[name]) for name in expected]
     state = jax.tree.structure(fresh).unflatten(leaves)
     params = state.pop("params")
     return start._replace(shared=params, model_state=state)
