@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from ftn_jax import count
+from ftn_jax.apply import from_linen
 from ftn_jax.command import launch
 from ftn_jax.method import Backbone
 from ftn_jax.models import RESNETS
@@ -91,7 +92,10 @@ def count_task(
     params = variables["params"]
     if preset.prepare:
         params = jax.tree.map(_random, params)
-    backbone = Backbone(_no_network, params, variables["batch_stats"], layers)
+    state = {"batch_stats": variables["batch_stats"]}
+    backbone = Backbone(
+        lambda n: from_linen(RESNETS[name](num_classes=n)), params, state, layers
+    )
     groups = count(plan(backbone, preset)).by_group
     statistics = sum(leaf.size for leaf in jax.tree.leaves(variables["batch_stats"]))
     return {
@@ -246,10 +250,6 @@ def _label(row: dict[str, Any]) -> str:
 
 def _random(x: Any) -> Any:
     return jax.random.normal(jax.random.key(0), x.shape, x.dtype)
-
-
-def _no_network(classes: int) -> Any:
-    raise NotImplementedError("nothing runs here, parameters are counted")
 
 
 @cache
