@@ -156,9 +156,12 @@ class Study:
         """Fit what the results do not hold yet.
 
         Raises:
-            ValueError: if they hold a row of another generator or of other images.
+            ValueError: if they hold a row of another generator or of other images, or
+                if a contender has no rates.
             NonFiniteLoss: if a loss is not finite.
         """
+        if idle := [name for name, x in contenders.items() if not x.rates]:
+            raise ValueError(f"no rates for {idle}; give each at least one candidate")
         for name, contender in contenders.items():
             groups = [domains] if contender.together else [[d] for d in domains]
             recipe = replace(

@@ -195,11 +195,10 @@ class Inverter:
             state, progress = folder.restore_with_progress(state) or (state, progress)
         curve: list[tuple[int, float]] = [(s, v) for s, v in progress.get("curve", [])]
 
-        kept = folder and folder.of("best")
         best = Best(
             lambda task: self._score(shared, task, source),
             lambda new, old: new["psnr"] > old["psnr"],
-            kept,
+            folder and folder.of("best"),
         )
         best.resume(state)
 
@@ -208,8 +207,7 @@ class Inverter:
                 curve.append((int(state.step), best.see(state)["psnr"]))
 
         def save(state: TaskState, *, progress: Mapping[str, Any], wait: bool) -> None:
-            assert folder and kept
-            kept.wait()  # no state without the best one before it
+            assert folder
             folder.save(state, progress={**progress, "curve": curve}, wait=wait)
 
         saved = time.monotonic()

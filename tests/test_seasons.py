@@ -89,3 +89,5 @@ def test_other_sizes_and_names_are_refused(generator, tmp_path):
         seasons.main(replace(cfg, domains=("autumn",)))
     with pytest.raises(ValueError, match="label 99: the generator has 3 classes"):
         seasons.main(replace(cfg, label=99))
+    with pytest.raises(ValueError, match=r"no rates for \['FTN R="):
+        seasons.main(replace(cfg, factor_rates=(), workdir=tmp_path / "none"))
