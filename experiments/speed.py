@@ -42,7 +42,7 @@ from ftn_jax.presets.vit import VIT, VIT_LABELS, VIT_METHODS
 from ftn_jax.presets.vit_rules import vit_method
 from ftn_jax.results import write_benchmark
 from ftn_jax.sizes import backbone_size
-from ftn_jax.step_cost import CompiledStep, interleave
+from ftn_jax.step_cost import CompiledStep, compile_together, interleave
 
 FLOORS = {"resnet": "BN + head", "vit": "head + output biases"}
 GROUPS = ("factors", "masks", "adapters", "weights", "norm", "head")
@@ -175,12 +175,20 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
         "image": jnp.asarray(rng.normal(size=size), jnp.float32),
         "label": jnp.asarray(rng.integers(0, cfg.classes, cfg.batch_size)),
     }
-    rows: dict[str, CompiledStep] = {}
-    for name, row in (vit_candidates if of_vit else candidates)(cfg).items():
-        rows[name] = CompiledStep(
-            backbone, row.method, recipe, batch, forward=row.forward
-        )
-        print(f"compiled {name}", flush=True)
+    rows = compile_together(
+        {
+            name: partial(
+                CompiledStep,
+                backbone,
+                row.method,
+                recipe,
+                batch,
+                forward=row.forward,
+            )
+            for name, row in (vit_candidates if of_vit else candidates)(cfg).items()
+        }
+    )
+    print(f"compiled {len(rows)} steps", flush=True)
     times = interleave(rows, rounds=cfg.rounds, steps=cfg.steps)
     full, floor = times["fine-tuning"], times[FLOORS["vit" if of_vit else "resnet"]]
 

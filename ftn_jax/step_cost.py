@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -18,6 +20,8 @@ from ftn_jax.method import Backbone, Method
 from ftn_jax.optimizer import make_optimizer
 from ftn_jax.sizes import stored_size
 from ftn_jax.train import TaskState, make_train_step
+
+Row = TypeVar("Row")
 
 _STEPS = 10_000  # of the schedule; a state past them would still train, at rate zero
 
@@ -91,6 +95,13 @@ class CompiledStep:
         """Run one step from where the last one ended; return its sums."""
         self._state, sums = self._step(self._shared, self._state, self._batch)
         return sums
+
+
+def compile_together(rows: Mapping[str, Callable[[], Row]]) -> dict[str, Row]:
+    """Compile rows in threads, one for each core: XLA leaves Python free meanwhile."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = [pool.submit(compile_row) for compile_row in rows.values()]
+        return {name: row.result() for name, row in zip(rows, started, strict=True)}
 
 
 def interleave(

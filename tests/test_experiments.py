@@ -24,6 +24,7 @@ NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
 MEASURING = (
     "durability",
     "input_speed",
+    "layer_speed",
     "parameters",
     "runs_speed",
     "serving",

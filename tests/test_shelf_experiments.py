@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ftn_jax import restore_extras, restore_task
+from ftn_jax.factored.cost import Machine
 from ftn_jax.presets import METHODS
 from ftn_jax.sweep import slug
 
@@ -137,6 +138,36 @@ def test_speed_measures_what_it_says(tmp_path, capsys):
     assert (tmp_path / "speed.md").read_text() in capsys.readouterr().out
     with pytest.raises(ValueError, match="--methods nonsense: unknown"):
         module.main(replace(cfg, methods=("nonsense",)))
+
+
+def test_layer_speed_times_every_way(tmp_path):
+    module = load("layer_speed")
+    cfg = replace(module.Config.tiny(), workdir=tmp_path)
+    result = module.main(cfg)
+    assert json.loads((tmp_path / "layer_speed.json").read_text()) == result
+    rows, total = result["rows"], result["total_ms"]
+    assert sum(row["count"] for row in rows) == 7  # a CIFAR ResNet-8's convolutions
+    assert len({row["layer"] for row in rows}) == len(rows)
+    ways = ("kernel", "chain", "branch")
+    assert all({*row["added_us"]} == {*ways} and row["frozen_us"] > 0 for row in rows)
+    assert total["best"] <= min(total["auto"], *(total[way] for way in ways))
+
+
+def test_the_fit_finds_the_machine_that_made_the_times():
+    module = load("layer_speed")
+    true = Machine(matmul=1e11, elementwise=4e9, bytes=2e10, moved=3e8)
+    layers = [row for row in module.plan(module.Config.tiny()) if row.work]
+    rows = [
+        {
+            "added_us": {
+                way: 1e6 * true.seconds(getattr(row.work, way))
+                for way in row.work._fields
+            },
+            "work": {way: getattr(row.work, way)._asdict() for way in row.work._fields},
+        }
+        for row in layers
+    ]
+    np.testing.assert_allclose(module.fit(rows), true, rtol=1e-6)
 
 
 @pytest.mark.slow

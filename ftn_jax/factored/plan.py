@@ -7,6 +7,7 @@ import jax
 
 from ftn_jax.factored.cost import Cost, Work, cheapest, count_merge, count_use
 from ftn_jax.factored.factors import Factors, factors_of, polyadic
+from ftn_jax.factored.hooks import Use
 from ftn_jax.factored.probe import Reach
 from ftn_jax.node import Node
 from ftn_jax.nodes.stacked import Stacked
@@ -29,6 +30,7 @@ class Planned(NamedTuple):
         work: of a training step, counted for each; `None` if there is no choice.
         why: why there is none; else empty.
         wasteful: whether a full gradient is formed for a node of fewer parameters.
+        uses: the operations that the weight serves, if there is a choice.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Planned(NamedTuple):
     work: Work | None = None
     why: str = ""
     wasteful: bool = False
+    uses: tuple[Use, ...] = ()
 
 
 def candidates(entries: Entries) -> list[str]:
@@ -82,7 +85,8 @@ def decide(
             continue
         work = _total(reached[path], factors)
         choice = _choose(choose, path, work)
-        plan.append(Planned(path, name, reached[path].uses[0].op.name, choice, work))
+        uses = reached[path].uses
+        plan.append(Planned(path, name, uses[0].op.name, choice, work, uses=uses))
         if choice != "kernel":
             factored[path] = factors
     return plan, factored
