@@ -15,6 +15,7 @@ the same times come rates of a `Machine`, by least squares on the counted work
 Writes `layer_speed.json` and `layer_speed.md` under the workdir.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def measure(cfg: Config) -> list[dict[str, Any]]:
                 "work": {way: cost._asdict() for way, cost in _work(row).items()},
             }
         )
-        print(f"timed {_shape(row)}", flush=True)
+        print(json.dumps(rows[-1]), flush=True)  # long: a run that ends early says this
     return rows
 
 
