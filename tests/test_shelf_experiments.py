@@ -102,6 +102,30 @@ def test_rates_chosen_on_the_first_domain_serve_all(two_domains, tmp_path):
     assert rows[0].details["rates"] == rows[1].details["rates"]
 
 
+def test_a_rank_study_chooses_a_rate_for_each_rank(two_domains, tmp_path):
+    module = load("rank_sweep")
+    train = config(
+        two_domains, tmp_path, domains=("left",), factor_rates=(1e30, 1e-7, 1e-2)
+    )
+    train = replace(train, ranks=(1, 2), seeds=(0, 1), ftn_rate=1e-2)
+    cfg = module.Config(workdir=tmp_path, train=train, steps=12)
+    with pytest.raises(ValueError, match="left: found --train.factor-rates .* chooses"):
+        module.main(cfg)
+    train = replace(train, validation=0.25)
+    rows = module.main(replace(cfg, train=train, workdir=tmp_path / "held")).rows
+    assert [(r.seed, r.details["rank"]) for r in rows] == [
+        (0, 1),
+        (0, 2),
+        (1, 1),
+        (1, 2),
+    ]
+    for row, later in zip(rows[:2], rows[2:], strict=True):
+        assert row.details["rates"]["factors"] in (1e-7, 1e-2)  # the largest diverges
+        assert row.details["rates"] == later.details["rates"]
+        assert row.details["validation"]["accuracy"] >= 0.5
+        assert row.details["train_examples"] == 36
+
+
 def test_joint_svd_shares_one_basis_among_domains(two_domains, tmp_path):
     module = load("joint_svd")
     train = config(two_domains, tmp_path / "unused", adapter_rates=(0.3,), epochs=2)
