@@ -144,7 +144,8 @@ def _semseg(path: Path) -> np.ndarray:
 
 def _depth(path: Path) -> np.ndarray:
     depth = np.squeeze(_values(path, "depth")).astype(np.float32)
-    return np.where(np.isfinite(depth), depth, np.float32(0))
+    depth = np.where(np.isfinite(depth), depth, np.float32(0))
+    return _within(path, depth, 0, np.inf, "metres, 0 where missing")
 
 
 def _normals(path: Path) -> np.ndarray:
@@ -157,7 +158,19 @@ def _normals(path: Path) -> np.ndarray:
 def _edge(path: Path) -> np.ndarray:
     if path.suffix == ".png":
         return _picture(path, "L").astype(np.float32) / 255
-    return np.squeeze(read_npy(path)).astype(np.float32)
+    edge = np.squeeze(read_npy(path)).astype(np.float32)
+    return _within(path, edge, 0, 1, "1 on edges")
+
+
+def _within(
+    path: Path, array: np.ndarray, low: float, high: float, meaning: str
+) -> np.ndarray:
+    if not ((low <= array) & (array <= high)).all():
+        raise ValueError(
+            f"{path}: found values {array.min():g}..{array.max():g}, expected "
+            f"{low:g}..{high:g} ({meaning})"
+        )
+    return array
 
 
 _READERS = {"semseg": _semseg, "depth": _depth, "normals": _normals, "edge": _edge}

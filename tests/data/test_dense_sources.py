@@ -105,6 +105,15 @@ def test_damaged_files_are_named(tmp_path):
     savemat(root / "depth/0001.mat", {"depth": np.zeros((4, 8))})
     with pytest.raises(ValueError, match=r"found size \(4, 8\), expected \(8, 8\)"):
         NYUDFolder(root, targets=("depth",))[0]
+    savemat(root / "depth/0001.mat", {"depth": np.full((8, 8), -0.5)})
+    with pytest.raises(
+        ValueError, match=r"0001.mat: found values -0.5..-0.5, expected"
+    ):
+        NYUDFolder(root, targets=("depth",))[0]
+    (root / "edge/0001.png").unlink()
+    np.save(root / "edge/0001.npy", np.full((8, 8), 255, np.uint8))
+    with pytest.raises(ValueError, match=r"255..255, expected 0..1 \(1 on edges"):
+        NYUDFolder(root, targets=("edge",))[0]
     savemat(root / "segmentation/0001.mat", {"segmentation": np.full((8, 8), 77)})
     with pytest.raises(ValueError, match="values 77..77, expected"):
         NYUDFolder(root, targets=("semseg",))[0]
