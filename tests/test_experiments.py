@@ -19,6 +19,8 @@ import pytest
 import ftn_jax.adapt
 from ftn_jax import restore_task
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
 MEASURING = (

@@ -10,6 +10,8 @@ from ftn_jax.fit import NonFiniteLoss, fit
 from ftn_jax.gan import Gan
 from ftn_jax.models import BigGAN, BigGANDiscriminator
 
+pytestmark = pytest.mark.long
+
 G = BigGAN((8, 8), num_classes=2, chunk=2, shared_dim=4, attention=())
 D = BigGANDiscriminator((8,), (True,), num_classes=2)
 

@@ -30,6 +30,8 @@ from ftn_jax.reconstruction import p_norm, psnr, reconstruction
 from ftn_jax.resume import StateFolder
 from ftn_jax.train import Task, TaskState
 
+pytestmark = pytest.mark.long
+
 MODEL = BigGAN((8, 8), num_classes=3, chunk=2, shared_dim=4, attention=(8,))
 APPLY = of_label(from_linen(MODEL, inputs=("z", "y")), 1)
 RULES = generator_ftn(rank=2, norms="factors", linear_rank=1)

@@ -9,6 +9,8 @@ import time
 import pytest
 from forks import until
 
+pytestmark = pytest.mark.long
+
 
 def outcome(workdir):
     """What a run leaves: its rows, and the hashes of the tasks' tensors."""

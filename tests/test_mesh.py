@@ -7,6 +7,8 @@ import pytest
 from experiments import multi_domain
 from ftn_jax.parallel import Layout
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize(
     "mesh", ["data=2", pytest.param("data=1,model=2", marks=pytest.mark.slow)]

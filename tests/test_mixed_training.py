@@ -22,6 +22,8 @@ from ftn_jax.mixed import (
     mixed,
 )
 
+pytestmark = pytest.mark.long
+
 NAMES = [*"abacbbab"]  # one example of c: the variance of one image's places
 LABELS = jnp.asarray(np.random.default_rng(3).integers(0, 3, 8), jnp.int32)
 BATCH = {"image": images(8, seed=2), "label": LABELS}

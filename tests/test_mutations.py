@@ -14,6 +14,8 @@ from ftn_jax import restore_task, save_task
 from ftn_jax.checkpoint import TaskFileError, fingerprint
 from ftn_jax.resume import StateFileError, StateFolder
 
+pytestmark = pytest.mark.long
+
 ROUNDS = 120
 
 

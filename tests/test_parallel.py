@@ -12,6 +12,8 @@ import pytest
 from ftn_jax.jobs import start
 from ftn_jax.parallel import Layout, parse_mesh
 
+pytestmark = pytest.mark.long
+
 TESTS = Path(__file__).parent
 FORMS = {
     "data": 0,

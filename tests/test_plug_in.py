@@ -5,8 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from ftn_jax import materialize
+
+pytestmark = pytest.mark.long
 
 PAGE = Path(__file__).parents[1] / "docs" / "plug_in.md"
 

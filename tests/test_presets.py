@@ -24,6 +24,8 @@ from ftn_jax.presets.budget import (
 )
 from ftn_jax.sizes import backbone_size, stored_size
 
+pytestmark = pytest.mark.long
+
 OPTIONS = {
     "ftn": {"rank": 2},
     "lora": {"rank": 1},

@@ -18,6 +18,8 @@ from ftn_jax.nodes.scale import Scale
 from ftn_jax.resume import StateFolder
 from ftn_jax.runs import Together, cut, fill, own_classes
 
+pytestmark = pytest.mark.long
+
 STEPS, PEAKS = 3, {"factors": 1e-2, "norm": 1e-1, "head": 1e-1}
 
 

@@ -14,6 +14,8 @@ from experiments import biggan32, seasons
 from ftn_jax.models import BigGAN
 from ftn_jax.pretrained import export_biggan, load_biggan
 
+pytestmark = pytest.mark.long
+
 MODEL = BigGAN((8, 8), num_classes=3, chunk=4, shared_dim=4, attention=())
 
 

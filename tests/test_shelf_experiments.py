@@ -13,6 +13,8 @@ from ftn_jax.factored.cost import Machine
 from ftn_jax.presets import METHODS
 from ftn_jax.sweep import slug
 
+pytestmark = pytest.mark.long
+
 
 def load(name):
     return importlib.import_module(f"experiments.{name}")

@@ -17,6 +17,8 @@ from ftn_jax.models import vit_tiny_cifar
 from ftn_jax.pretrained import load_vit
 from ftn_jax.step_cost import interleave, measured_costs
 
+pytestmark = pytest.mark.long
+
 CLASSES = {"cifar10": 3, "dtd": 2}
 
 

@@ -16,6 +16,8 @@ from ftn_jax.method import Backbone
 from ftn_jax.models import stack_layers, vit_tiny_cifar
 from ftn_jax.presets.vit import VIT, VIT_METHODS
 
+pytestmark = pytest.mark.long
+
 MODEL = vit_tiny_cifar(3, width=12, depth=1, image_px=8, mlp_width=16)
 OPTIONS = {"kadaptation_qv": {"n": 4, "scale": 1.0}}
 LOW_RANK = ("ftn_o", "ftn_qv", "ftn_attention", "ftn_attention_mlp", "lora_qv")

@@ -26,6 +26,8 @@ from ftn_jax.models import clip_vit_b32, stack_layers, unstack_layers, vit_tiny_
 from ftn_jax.presets.text_head import head_from_embeddings
 from ftn_jax.presets.vit import VIT, VIT_METHODS
 
+pytestmark = pytest.mark.long
+
 OPTIONS = {
     "kadaptation_qv": {"n": 4, "scale": 1.0},
     "ftn_qv": {"std": 0.5},  # plain descent hardly moves the papers' small factors

@@ -12,6 +12,8 @@ from forks import Forks
 from input_program import BATCH, STEPS
 from PIL import Image
 
+pytestmark = pytest.mark.long
+
 
 class Run:
     """What the processes of a run printed: images seen, losses, hashes of states."""

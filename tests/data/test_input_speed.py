@@ -7,6 +7,8 @@ import pytest
 
 from experiments import input_speed
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("grain")
 
 

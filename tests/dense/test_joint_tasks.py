@@ -20,6 +20,8 @@ from ftn_jax.presets.budget import plan
 from ftn_jax.presets.dense import decoder_only, dense_layers
 from ftn_jax.train import Task
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def network():

@@ -18,6 +18,8 @@ from ftn_jax.models import RESNETS
 from ftn_jax.nodes import CP
 from ftn_jax.presets import METHODS, RESNET
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("method", ["ftn", "lora"])
 def test_three_steps_of_a_resnet_are_the_merged_ones(method):

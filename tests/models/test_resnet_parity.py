@@ -14,6 +14,8 @@ from ftn_jax.models import (
 )
 from ftn_jax.pretrained import export_resnet, load_resnet
 
+pytestmark = pytest.mark.long
+
 torch = pytest.importorskip("torch")
 
 from .torch_resnet import (  # noqa: E402
