@@ -140,10 +140,10 @@ class Study:
             if row
         ]
         failed += self._write(self._train(runs))
-        for each in (tries, runs):
-            self._folder(each).clear()
         if failed:
             raise failed[0]
+        for each in (tries, runs):
+            self._folder(each).clear()
 
     def _row(self, seed: int, rank: int) -> Row | None:
         name = self.domain.name

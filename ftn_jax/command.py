@@ -138,7 +138,11 @@ def progress_bar(title: str, *, steps: int, batch_size: int) -> Any:
     console = Console(stderr=True)
     first, plain = jax.process_index() == 0, not console.is_terminal
     with bars.Progress(
-        *columns, console=console, transient=True, disable=not first or plain
+        *columns,
+        console=console,
+        transient=True,
+        disable=not first or plain,
+        speed_estimate_period=600,  # many runs side by side log minutes apart
     ) as progress:
         bar = progress.add_task(title, total=steps, note="compiling")
         said = time.monotonic()
