@@ -14,6 +14,8 @@ from toy import setup
 from ftn_jax import restore_task
 from ftn_jax.command import LOST_PROCESS, TERMINATED
 
+pytestmark = pytest.mark.long
+
 STEPS = 8
 
 

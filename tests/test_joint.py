@@ -16,6 +16,8 @@ from ftn_jax.method import Backbone
 from ftn_jax.presets import RESNET, fine_tuning
 from ftn_jax.resume import StateFolder
 
+pytestmark = pytest.mark.long
+
 TRANSFORM = Normalize((0.5,) * 3, (0.25,) * 3)
 
 

@@ -138,11 +138,13 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
 def test_import_is_light_and_quick():
     code = f"""
 import sys, time
+times = [time.process_time()]  # of this process: the machine may be busy
 import jax
-start = time.process_time()  # of this process: the machine may be busy
+times.append(time.process_time())
 import ftn_jax
-seconds = time.process_time() - start
-print(seconds, *sorted({HEAVY!r} & set(sys.modules)))
+times.append(time.process_time())
+share = (times[2] - times[1]) / (times[1] - times[0])
+print(share, *sorted({HEAVY!r} & {{*sys.modules}}))
 """
     runs = [
         subprocess.run(
@@ -151,7 +153,7 @@ print(seconds, *sorted({HEAVY!r} & set(sys.modules)))
         for _ in range(5)
     ]
     assert {tuple(loaded) for _, *loaded in runs} == {()}
-    assert min(float(seconds) for seconds, *_ in runs) < 0.3
+    assert min(float(share) for share, *_ in runs) < 0.6  # of what JAX takes
 
 
 def test_every_public_name_is_there():

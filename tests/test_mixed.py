@@ -18,6 +18,8 @@ from ftn_jax.bank import Bank
 from ftn_jax.mixed import make_mixed_eval_step, mixed, no_logit
 from ftn_jax.nodes import CP, LoRA, Replace
 
+pytestmark = pytest.mark.long
+
 MIXES = {
     "distinct": "abcabcab",
     "uniform": "cabbaccb",

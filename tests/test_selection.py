@@ -17,6 +17,8 @@ from ftn_jax.presets import METHODS
 from ftn_jax.resume import StateFolder
 from ftn_jax.selection import Best
 
+pytestmark = pytest.mark.long
+
 multi_domain = importlib.import_module("experiments.multi_domain")
 
 

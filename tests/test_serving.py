@@ -4,8 +4,11 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from experiments import serving
+
+pytestmark = pytest.mark.long
 
 
 def test_serving_measures_what_it_says(tmp_path, capsys):

@@ -17,6 +17,8 @@ from ftn_jax.factored import Factored
 from ftn_jax.forward import merged
 from ftn_jax.nodes import CP, LoRA
 
+pytestmark = pytest.mark.long
+
 NODES = {
     "cp1": partial(CP.init, rank=1),
     "cp3": partial(CP.init, rank=3),

@@ -14,6 +14,8 @@ from ftn_jax.forward import merged
 from ftn_jax.nodes import CP
 from ftn_jax.nodes.stacked import Stacked
 
+pytestmark = pytest.mark.long
+
 cp = partial(CP.init, rank=2)
 X = draw(np.random.default_rng(0), (2, 5, 4, 3))
 

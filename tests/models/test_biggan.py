@@ -11,6 +11,8 @@ from flax.traverse_util import flatten_dict
 from ftn_jax.models import BIGGANS, BigGAN, BigGANDiscriminator, biggan, biggan_deep
 from ftn_jax.models.spectral import normalize, start_vectors
 
+pytestmark = pytest.mark.long
+
 TINY = BigGAN((8, 8), num_classes=3, chunk=2, shared_dim=4, attention=(8,))
 
 

@@ -8,6 +8,8 @@ import pytest
 from ftn_jax.models import cifar_resnet, resnet18
 from ftn_jax.models.deeplab import ConvBNReLU, Decoder, DeepLab, resize_bilinear
 
+pytestmark = pytest.mark.long
+
 
 def sizes(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

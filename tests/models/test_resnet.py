@@ -18,6 +18,8 @@ from ftn_jax.models import (
 )
 from ftn_jax.models.resnet_block import free_shortcut
 
+pytestmark = pytest.mark.long
+
 
 def images(*shape, seed=0):
     x = np.random.default_rng(seed).normal(size=shape)

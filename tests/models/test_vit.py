@@ -11,6 +11,8 @@ from ftn_jax.models.vit_block import ACTIVATIONS
 from ftn_jax.models.vit_family import VITS, clip_vit, vit_tiny_cifar
 from ftn_jax.models.vit_layers import stack_layers, unstack_layers
 
+pytestmark = pytest.mark.long
+
 SMALL = partial(vit_tiny_cifar, width=24, depth=2, image_px=16)
 FLAT = partial(SMALL, depth=1)
 

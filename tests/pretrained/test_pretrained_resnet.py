@@ -21,6 +21,8 @@ from ftn_jax.pretrained import (
     read_weights,
 )
 
+pytestmark = pytest.mark.long
+
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 
