@@ -145,7 +145,7 @@ def _semseg(path: Path) -> np.ndarray:
 def _depth(path: Path) -> np.ndarray:
     depth = np.squeeze(_values(path, "depth")).astype(np.float32)
     depth = np.where(np.isfinite(depth), depth, np.float32(0))
-    return _within(path, depth, 0, np.inf, "metres, 0 where missing")
+    return _up_to(np.inf, depth, path, "metres, 0 where missing")
 
 
 def _normals(path: Path) -> np.ndarray:
@@ -159,16 +159,14 @@ def _edge(path: Path) -> np.ndarray:
     if path.suffix == ".png":
         return _picture(path, "L").astype(np.float32) / 255
     edge = np.squeeze(read_npy(path)).astype(np.float32)
-    return _within(path, edge, 0, 1, "1 on edges")
+    return _up_to(1, edge, path, "1 on edges")
 
 
-def _within(
-    path: Path, array: np.ndarray, low: float, high: float, meaning: str
-) -> np.ndarray:
-    if not ((low <= array) & (array <= high)).all():
+def _up_to(most: float, array: np.ndarray, path: Path, meaning: str) -> np.ndarray:
+    if not ((array >= 0) & (array <= most)).all():
         raise ValueError(
             f"{path}: found values {array.min():g}..{array.max():g}, expected "
-            f"{low:g}..{high:g} ({meaning})"
+            f"0..{most:g} ({meaning})"
         )
     return array
 
