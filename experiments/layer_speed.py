@@ -178,16 +178,18 @@ def _shape(row: Planned) -> str:
 def fit(rows: Sequence[dict[str, Any]]) -> Machine:
     """Fit a machine's rates to what the ways add, relative errors alike.
 
-    A kind of work that explains nothing gets the rate infinity.
+    What adds less than a tenth of its layer's own time counts as that much: smaller
+    differences are noise. A kind of work that explains nothing gets the rate infinity.
     """
-    costs = [Cost(**row["work"][way]) for row in rows for way in Work._fields]
-    added = [1e-6 * row["added_us"][way] for row in rows for way in Work._fields]
-    seconds = np.maximum(added, 1e-7)  # less than the clock can tell
-    counted = np.asarray(costs) / seconds[:, None]
-    scale = counted.max(0).clip(1)
-    found, _ = nnls(counted / scale, np.ones(len(seconds)))
+    pairs = [(row, way) for row in rows for way in Work._fields]
+    counted = np.asarray([Cost(**row["work"][way]) for row, way in pairs])
+    found = np.asarray([row["added_us"][way] for row, way in pairs])
+    seconds = 1e-6 * np.maximum(found, [0.1 * row["frozen_us"] for row, _ in pairs])
+    relative = counted / seconds[:, None]
+    scale = relative.max(0).clip(1e-30)
+    inverse, _ = nnls(relative / scale, np.ones(len(pairs)))
     with np.errstate(divide="ignore"):
-        return Machine(*(float(r) for r in 1 / (found / scale)))
+        return Machine(*(float(r) for r in scale / inverse))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -185,6 +185,7 @@ def test_the_fit_finds_the_machine_that_made_the_times():
     layers = [row for row in module.plan(module.Config.tiny()) if row.work]
     rows = [
         {
+            "frozen_us": 0.0,
             "added_us": {
                 way: 1e6 * true.seconds(getattr(row.work, way))
                 for way in row.work._fields
@@ -193,6 +194,11 @@ def test_the_fit_finds_the_machine_that_made_the_times():
         }
         for row in layers
     ]
+    np.testing.assert_allclose(module.fit(rows), true, rtol=1e-6)
+    # A difference that noise made negative is one small number, not the whole fit.
+    way = min(rows[0]["added_us"], key=rows[0]["added_us"].get)
+    rows[0]["frozen_us"] = 10 * rows[0]["added_us"][way]
+    rows[0]["added_us"][way] *= -1
     np.testing.assert_allclose(module.fit(rows), true, rtol=1e-6)
 
 
